@@ -1,0 +1,29 @@
+"""Pure functions on arrays: circulant, block-circulant and circulant-diagonal products.
+
+Every product comes with its dense matrix (`*_matrix`), against which it is tested. Nothing here
+knows Flax or any adaptation method.
+"""
+
+from circflax.ops._circulant import (
+    Convention,
+    block_circulant_matrix,
+    block_circulant_product,
+    block_circulant_projection,
+    circulant_matrix,
+    circulant_product,
+)
+from circflax.ops._circulant_diagonal import (
+    circulant_diagonal_matrix,
+    circulant_diagonal_product,
+)
+
+__all__ = [
+    "Convention",
+    "block_circulant_matrix",
+    "block_circulant_product",
+    "block_circulant_projection",
+    "circulant_diagonal_matrix",
+    "circulant_diagonal_product",
+    "circulant_matrix",
+    "circulant_product",
+]

@@ -1,0 +1,109 @@
+"""What every adaptation method provides, and what follows from it."""
+
+import abc
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+Params = Mapping[str, jax.Array]
+"""The trainable arrays of one adapter, by their names in the method's formula."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(abc.ABC):
+    """Hyperparameters of one adaptation method, with the method's pure functions.
+
+    An adapter belongs to one linear layer with a kernel of shape `(in_features, out_features)`.
+    A method defines what an adapter adds to it; applying, merging and counting follow from that.
+    """
+
+    name: ClassVar[str]
+    """The method's name in configurations and adapter files."""
+
+    @abc.abstractmethod
+    def init(
+        self, key: jax.Array, in_features: int, out_features: int, kernel: jax.Array | None = None
+    ) -> Params:
+        """Makes a fresh adapter.
+
+        Args:
+            key: PRNG key, for initialisations that draw.
+            in_features: width of the layer's input.
+            out_features: width of the layer's output.
+            kernel: the layer's own weights, `(in_features, out_features)`, for initialisations
+                that start from them.
+
+        Returns:
+            The adapter's arrays, float32.
+
+        Raises:
+            ValueError: if the hyperparameters do not fit the layer.
+        """
+
+    @abc.abstractmethod
+    def update(self, params: Params, x: jax.Array, out_features: int) -> jax.Array:
+        """What the adapter adds to the layer's output.
+
+        Args:
+            params: arrays as `init` makes them.
+            x: the layer's input, `(..., in_features)`.
+            out_features: width of the layer's output.
+
+        Returns:
+            Shape `(..., out_features)`, in the promoted dtype of `params` and `x`.
+        """
+
+    @abc.abstractmethod
+    def delta(self, params: Params, in_features: int, out_features: int) -> jax.Array:
+        """What the adapter adds to the layer's kernel: dense, `(in_features, out_features)`."""
+
+    def learning_rates(self, in_features: int, out_features: int) -> dict[str, float]:
+        """Factors on the learning rate for each of the adapter's arrays."""
+        return dict.fromkeys(self.shapes(in_features, out_features), 1.0)
+
+    def decayed(self) -> Mapping[str, bool]:
+        """Which arrays weight decay may shrink; those not named may be."""
+        return {}
+
+    def apply(self, params: Params, x: jax.Array, y: jax.Array) -> jax.Array:
+        """The adapted layer's output, from its input `x` and the frozen layer's output `y`."""
+        return y + self.update(params, x, y.shape[-1]).astype(y.dtype)
+
+    def merge(self, params: Params, kernel: jax.Array) -> jax.Array:
+        """The kernel of shape `(in_features, out_features)` with the adapter's part added."""
+        return kernel + self.delta(params, *kernel.shape)
+
+    def unmerge(self, params: Params, kernel: jax.Array) -> jax.Array:
+        """The kernel with the adapter's part taken out again, up to rounding."""
+        return kernel - self.delta(params, *kernel.shape)
+
+    def shapes(self, in_features: int, out_features: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of the adapter's arrays, without making them."""
+        kernel = jax.ShapeDtypeStruct((in_features, out_features), jnp.float32)
+
+        def init(key: jax.Array, kernel: jax.Array) -> Params:
+            return self.init(key, in_features, out_features, kernel)
+
+        return dict(jax.eval_shape(init, jax.random.key(0), kernel))
+
+    def parameter_count(self, in_features: int, out_features: int) -> int:
+        """Number of trainable parameters of one adapter."""
+        shapes = self.shapes(in_features, out_features)
+        return sum(math.prod(shape.shape) for shape in shapes.values())
+
+
+def check_positive(**sizes: int | float | None) -> None:
+    """Raises a ValueError that names the first size that is neither None nor positive."""
+    for name, size in sizes.items():
+        if size is not None and not size > 0:
+            raise ValueError(f"`{name}` must be positive, but is {size}.")
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raises a ValueError with the choices if the value is none of them."""
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {', '.join(choices)}, but is {value!r}.")

@@ -1,0 +1,54 @@
+"""Methods by name, for configurations and adapter files."""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from circflax.methods._method import Method
+from circflax.methods.bca import BCA
+from circflax.methods.c3a import C3A
+from circflax.methods.cdvft import CDVFT
+
+METHODS: Mapping[str, type[Method]] = {method.name: method for method in (CDVFT, C3A, BCA)}
+"""Every method by its name; a new one joins here."""
+
+
+def make_method(name: str, hyperparameters: Mapping[str, Any] | None = None) -> Method:
+    """Makes a method from its name and hyperparameters.
+
+    Args:
+        name: one of `METHODS`.
+        hyperparameters: values that differ from the method's defaults.
+
+    Returns:
+        The method.
+
+    Raises:
+        ValueError: if the name or a hyperparameter is unknown or has a value that does not fit.
+
+    Example:
+        >>> from circflax import make_method
+        >>> make_method("c3a", {"b": 64})
+        C3A(b=64, init_weights='zeros')
+    """
+    if name not in METHODS:
+        raise ValueError(f"unknown method {name!r}; {_nearest(name, METHODS)}")
+    return replace_hyperparameters(METHODS[name](), hyperparameters or {})
+
+
+def replace_hyperparameters(method: Method, hyperparameters: Mapping[str, Any]) -> Method:
+    """The method with some hyperparameters changed; raises a ValueError if one is unknown."""
+    known = [field.name for field in dataclasses.fields(method)]
+    for name in hyperparameters:
+        if name not in known:
+            raise ValueError(
+                f"{method.name} has no hyperparameter {name!r}; {_nearest(name, known)}"
+            )
+    return dataclasses.replace(method, **hyperparameters)
+
+
+def _nearest(name: str, known: Mapping[str, Any] | list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{hint}There are {', '.join(known)}."

@@ -1,0 +1,199 @@
+"""Every product against its dense matrix, one property a test, over one table of operators."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.test_util import check_grads
+
+from circflax import ops
+from tests.ops import operators
+from tests.ops.operators import OPERATORS, Operator
+
+pytestmark = pytest.mark.usefixtures("x64")
+over_operators = pytest.mark.parametrize("operator", OPERATORS, ids=lambda o: o.name)
+
+BLOCKS = st.integers(1, 4)
+CONVENTIONS = st.sampled_from(["column", "row"])
+
+
+def dense_product(operator: Operator):
+    """The product by the dense matrix as a function of the same arguments."""
+    return lambda *args: args[-1] @ operator.matrix(*args[:-1]).T
+
+
+@over_operators
+def test_matrix_is_the_definition(operator: Operator) -> None:
+    params = operator.params()
+    np.testing.assert_allclose(operator.matrix(*params), operator.reference(*params), atol=1e-13)
+
+
+@over_operators
+@pytest.mark.parametrize("batch", [(), (3,), (2, 1, 3), (0,)], ids=str)
+def test_product_is_the_matrix_product(operator: Operator, batch: tuple[int, ...]) -> None:
+    params, x = operator.params(), operator.x(batch)
+    y = operator.product(*params, x)
+    expected = x @ operator.reference(*params).T
+    assert y.shape == expected.shape
+    np.testing.assert_allclose(y, expected, atol=1e-12)
+
+
+@over_operators
+def test_gradients_are_the_dense_ones(operator: Operator) -> None:
+    arguments = (*operator.params(), operator.x())
+    y, vjp = jax.vjp(operator.product, *arguments)
+    _, dense_vjp = jax.vjp(dense_product(operator), *arguments)
+    g = np.random.default_rng(2).standard_normal(y.shape)
+    for ours, dense in zip(vjp(g), dense_vjp(g), strict=True):
+        np.testing.assert_allclose(ours, dense, atol=1e-11)
+
+
+@over_operators
+def test_both_modes_and_second_derivatives(operator: Operator) -> None:
+    arguments = (*operator.params(), operator.x((2,)))
+    check_grads(operator.product, arguments, order=2, modes=("fwd", "rev"), rtol=1e-6)
+
+
+@over_operators
+def test_transpose_of_the_product(operator: Operator) -> None:
+    params, x = operator.params(), operator.x()
+    y = operator.product(*params, x)
+    g = np.random.default_rng(2).standard_normal(y.shape)
+    transposed = jax.linear_transpose(lambda x: operator.product(*params, x), x)
+    np.testing.assert_allclose(transposed(g)[0], g @ operator.reference(*params), atol=1e-11)
+
+
+@over_operators
+def test_vmap_over_every_argument(operator: Operator) -> None:
+    stacks = [np.stack([p, 2 * p, p - 1]) for p in (*operator.params(), operator.x((3,)))]
+    expected = np.stack([operator.product(*(s[i] for s in stacks)) for i in range(3)])
+    np.testing.assert_allclose(jax.vmap(operator.product)(*stacks), expected, atol=1e-12)
+    one = [s[0] for s in stacks[:-1]]
+    in_axes = (*[None] * len(one), 0)
+    over_x = jax.vmap(operator.product, in_axes=in_axes)(*one, stacks[-1])
+    np.testing.assert_allclose(over_x[1], operator.product(*one, stacks[-1][1]), atol=1e-12)
+
+
+@over_operators
+def test_backward_pass_keeps_only_the_arguments(operator: Operator) -> None:
+    arguments = (*operator.params(), operator.x((50,)))
+    _, vjp = jax.vjp(jax.jit(operator.product), *arguments)
+    kept = [leaf for leaf in jax.tree.leaves(vjp) if np.ndim(leaf)]
+    assert all(not np.iscomplexobj(leaf) for leaf in kept)
+    assert sum(leaf.size for leaf in kept) <= sum(a.size for a in arguments)
+
+
+@over_operators
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_low_precision_is_rounded_once(operator: Operator, dtype) -> None:
+    params = [jnp.asarray(p, dtype) for p in operator.params()]
+    x = jnp.asarray(operator.x(), dtype)
+    y = operator.product(*params, x)
+    exact = (
+        np.asarray(x, np.float64)
+        @ operator.reference(*(np.asarray(p, np.float64) for p in params)).T
+    )
+    assert y.dtype == dtype
+    scale = np.abs(exact).max() + 1e-30
+    np.testing.assert_allclose(
+        np.asarray(y, np.float64), exact, atol=2 * float(jnp.finfo(dtype).eps) * scale
+    )
+
+
+@over_operators
+def test_gradients_have_the_dtypes_of_the_arguments(operator: Operator) -> None:
+    params = [jnp.asarray(p, jnp.float32) for p in operator.params()]
+    x = jnp.asarray(operator.x(), jnp.bfloat16)
+    y, vjp = jax.vjp(operator.product, *params, x)
+    assert y.dtype == jnp.float32
+    assert [g.dtype for g in vjp(y)] == [*[jnp.float32] * len(params), jnp.bfloat16]
+
+
+@over_operators
+def test_no_complex_transform(operator: Operator) -> None:
+    def loss(*arguments):
+        return jnp.sum(operator.product(*arguments) ** 2)
+
+    arguments = (*operator.params(), operator.x())
+    program = str(jax.make_jaxpr(jax.grad(loss, argnums=range(len(arguments))))(*arguments))
+    assert "FftType.FFT" not in program and "FftType.IFFT" not in program
+
+
+@given(BLOCKS, BLOCKS, st.integers(1, 17), CONVENTIONS)
+def test_block_circulant_of_any_shape(out_blocks, in_blocks, block, convention) -> None:
+    operator = operators.block_circulant(out_blocks, in_blocks, block, convention)
+    test_matrix_is_the_definition(operator)
+    test_product_is_the_matrix_product(operator, (2,))
+    test_gradients_are_the_dense_ones(operator)
+
+
+@given(st.sampled_from([1, 3, 5]), st.integers(1, 13), st.integers(1, 13), st.integers(1, 14))
+def test_circulant_diagonal_of_any_shape(factors, out_features, in_features, block) -> None:
+    out_features = in_features if factors == 1 else out_features
+    operator = operators.circulant_diagonal(factors, out_features, in_features, block)
+    test_matrix_is_the_definition(operator)
+    test_product_is_the_matrix_product(operator, (2,))
+    test_gradients_are_the_dense_ones(operator)
+
+
+@pytest.mark.parametrize("n", [1, 2, 97, 768, 1021, 11008])
+def test_long_circulants(n: int) -> None:
+    rng = np.random.default_rng(n)
+    c, x = rng.standard_normal(n), rng.standard_normal(n)
+    wrapped = np.convolve(c, x)
+    expected = wrapped[:n] + np.append(wrapped[n:], 0.0)
+    np.testing.assert_allclose(ops.circulant_product(c, x), expected, atol=1e-9)
+    swapped = ops.circulant_product(np.roll(c[::-1], 1), x, convention="row")
+    np.testing.assert_allclose(swapped, expected, atol=1e-9)
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 5))
+def test_projection_is_the_nearest_block_circulant(rows, columns, block) -> None:
+    matrix = np.random.default_rng(3).standard_normal((rows, columns))
+    kernel = ops.block_circulant_projection(matrix, block)
+    tiled = np.tile(matrix, (block, block))
+    tiled = tiled[: kernel.shape[0] * block, : kernel.shape[1] * block]
+    residual = tiled - ops.block_circulant_matrix(kernel)
+    # Nearest point of a linear space: the residual is orthogonal to the space.
+    _, vjp = jax.vjp(ops.block_circulant_matrix, kernel)
+    np.testing.assert_allclose(vjp(residual)[0], 0.0, atol=1e-12)
+
+
+def test_dense_form_compiles_without_gather_scatter_or_sort() -> None:
+    kernel, x = np.ones((2, 2, 8)), np.ones((4, 16))
+    loss = jax.grad(lambda k, x: jnp.sum((x @ ops.block_circulant_matrix(k).T) ** 2))
+    program = jax.jit(loss).lower(kernel, x).compile().as_text()
+    assert not [name for name in (" gather(", " scatter(", " sort(") if name in program]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: ops.circulant_product(np.ones(3), np.ones(4)), r"`x` has shape \(4,\)"),
+        (lambda: ops.circulant_product(np.ones((3, 3)), np.ones(3)), "must be a vector"),
+        (lambda: ops.circulant_product(np.ones(3), np.ones(3), convention="diagonal"), "'column'"),
+        (lambda: ops.block_circulant_product(np.ones((2, 3)), np.ones(3)), "in_blocks"),
+        (
+            lambda: ops.block_circulant_product(np.ones((2, 1, 3)), np.ones(3), out_features=3),
+            "`out_features` = 3",
+        ),
+        (lambda: ops.block_circulant_matrix(np.ones(3)), "out_blocks"),
+        (lambda: ops.circulant_diagonal_product([np.ones(3)], [np.ones(3)], np.ones(3)), "1 diag"),
+        (lambda: ops.circulant_diagonal_product([np.ones(3)], [], np.ones(2)), "length 3"),
+        (
+            lambda: ops.circulant_diagonal_matrix([np.ones(3), np.ones(4)], [np.ones(3)]),
+            r"`circulants\[0\]`",
+        ),
+    ],
+)
+def test_shapes_that_do_not_fit(call, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.complex64])
+def test_dtypes_that_do_not_fit(dtype) -> None:
+    with pytest.raises(TypeError, match="`x` must be of a real floating dtype"):
+        ops.circulant_product(np.ones(3), np.ones(3, dtype))
