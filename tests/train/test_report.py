@@ -1,0 +1,60 @@
+"""The report of a run."""
+
+import dataclasses
+import io
+
+import pytest
+from rich.console import Console
+
+from train import log, report
+
+SUMMARY = report.Summary(
+    task="a|b.tsv",
+    model="organisation/a-model-with-a-rather-long-name-on-the-hub",
+    method="cdvft",
+    trainable={"adapters": 55296, "head": 1538},
+    total=1_000_000,
+    metric="accuracy",
+    best_epoch=2,
+    validation={"accuracy": 0.75, "f1": 0.5},
+    test={"accuracy": 0.7, "f1": 0.4},
+    seconds=61,
+    notes=("validation: 4 of 20 training examples held out",),
+)
+
+
+@pytest.mark.parametrize("losses", [[], [0.5], [0.9, float("nan"), 0.5, 0.4]])
+def test_files(tmp_path, losses):
+    with log.MetricsLog(tmp_path) as metrics_log:
+        for step, loss in enumerate(losses):
+            metrics_log.append(step=step, epoch=1, split="train", loss=loss)
+        for epoch, accuracy in ((1, 0.7), (2, 0.75)):
+            metrics_log.append(step=epoch, epoch=epoch, split="validation", accuracy=accuracy)
+    report.write(tmp_path, SUMMARY)
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    text = (tmp_path / "report.md").read_text()
+    for line in (
+        "| task | a\\|b.tsv |",
+        "| trainable parameters | 56,834 of 1,000,000 (5.683%): adapters 55,296, head 1,538 |",
+        "| best epoch | 2 (by validation accuracy) |",
+        "| validation accuracy | 0.7500 |",
+        "| test f1 | 0.4000 |",
+        "| time | 1:01 |",
+        "- validation: 4 of 20 training examples held out",
+        "![Training loss and validation metric](curves.png)",
+    ):
+        assert line in text.splitlines()
+
+
+def test_a_missing_test_split_is_said():
+    text = report.markdown(dataclasses.replace(SUMMARY, test=None, notes=()))
+    assert "| test | not reported: there is no test split |" in text
+
+
+def test_the_table_fits_80_columns():
+    output = io.StringIO()
+    report.show(SUMMARY, Console(file=output, width=80))
+    lines = output.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert "0.7500" in output.getvalue()
+    assert "…" not in output.getvalue()

@@ -1,0 +1,89 @@
+"""Metrics of predictions; for every one of them more is better."""
+
+import numpy as np
+
+from train import glue
+
+_BINARY = ("accuracy", "f1", "matthews")
+_MULTICLASS = ("accuracy", "matthews")
+_REGRESSION = ("pearson", "spearman", "pearson_spearman")
+
+
+def compute(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Compares a model's outputs with the labels.
+
+    Args:
+        logits: Scores of the classes, (examples, classes); for regression the predicted
+            numbers, (examples,) or (examples, 1).
+        labels: Class indices, or floating-point numbers for regression.
+
+    Returns:
+        Two classes: accuracy, f1 (of class 1) and matthews; more classes: accuracy and
+        matthews; regression: pearson, spearman and their mean pearson_spearman.
+
+    Raises:
+        ValueError: If logits and labels do not fit together, or a logit is not finite.
+    """
+    logits, labels = np.asarray(logits, np.float64), np.asarray(labels)
+    if not np.isfinite(logits).all():
+        raise ValueError("the model's outputs hold nan or inf; a lower learning rate may help")
+    regression = np.issubdtype(labels.dtype, np.floating)
+    outputs = logits.size if regression else len(logits)
+    if outputs != len(labels) or logits.ndim > 2:
+        raise ValueError(f"logits of shape {logits.shape} do not fit {len(labels)} labels")
+    if regression:
+        return _regression(logits.reshape(-1), labels)
+    return _classification(logits.argmax(-1), labels, classes=logits.shape[-1])
+
+
+def choose(metric: str | None, task: str | None, classes: int) -> str:
+    """Finds the metric that chooses the best epoch.
+
+    Args:
+        metric: The one asked for, if any.
+        task: GLUE task, if it is one; each has a customary metric.
+        classes: Number of classes; 0 for regression.
+
+    Returns:
+        The name of a metric that `compute` gives.
+
+    Raises:
+        ValueError: If the one asked for is not among those.
+    """
+    names = {0: _REGRESSION, 2: _BINARY}.get(classes, _MULTICLASS)
+    if metric is None:
+        return glue.TASKS[task].metric if task else {0: "pearson_spearman"}.get(classes, "accuracy")
+    if metric not in names:
+        raise ValueError(
+            f"`run.metric` {metric!r} is not computed here; it can be {', '.join(names)}"
+        )
+    return metric
+
+
+def _classification(predictions: np.ndarray, labels: np.ndarray, classes: int) -> dict[str, float]:
+    from sklearn import metrics
+
+    results = {"accuracy": metrics.accuracy_score(labels, predictions)}
+    if classes == 2:
+        # Without a true or predicted positive F1 is 0/0, which counts as 0.
+        results["f1"] = metrics.f1_score(labels, predictions, zero_division=0.0)
+    # scikit-learn gives 0 where a constant side leaves the coefficient undefined.
+    results["matthews"] = metrics.matthews_corrcoef(labels, predictions)
+    return {name: float(value) for name, value in results.items()}
+
+
+def _regression(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    from scipy import stats
+
+    # A constant has no correlation with anything; 0 says that nothing was learnt, whereas nan
+    # would lose every comparison between epochs.
+    if np.ptp(predictions) == 0 or np.ptp(labels) == 0:
+        pearson = spearman = 0.0
+    else:
+        pearson = float(stats.pearsonr(predictions, labels).statistic)
+        spearman = float(stats.spearmanr(predictions, labels).statistic)
+    return {
+        "pearson": pearson,
+        "spearman": spearman,
+        "pearson_spearman": (pearson + spearman) / 2,
+    }

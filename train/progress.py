@@ -1,0 +1,93 @@
+"""Progress on screen: a live bar in a terminal, now and then a plain line elsewhere."""
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class TrainingProgress:
+    """Shows loss, tokens a second and the time left. Use as a context manager."""
+
+    def __init__(
+        self,
+        total: int,
+        start: int = 0,
+        console: Console | None = None,
+        every_seconds: float = 10.0,
+    ) -> None:
+        """Prepares the display.
+
+        Args:
+            total: Steps of the whole run.
+            start: Steps made before, by a run that this one resumes.
+            console: Where to write; None is standard output.
+            every_seconds: Shortest time between plain lines.
+        """
+        self._console = console or Console()
+        self._total, self._start, self._every = total, start, every_seconds
+        self._began = self._printed = time.monotonic()
+        self._tokens = 0
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]}  {task.fields[speed]} tokens/s"),
+            TimeRemainingColumn(),
+            console=self._console,
+        )
+        self._task = self._bar.add_task("train", total=total, completed=start, loss="-", speed="-")
+
+    def __enter__(self) -> "TrainingProgress":
+        self._began = self._printed = time.monotonic()
+        if self._console.is_terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._console.is_terminal:
+            self._bar.stop()
+
+    def update(self, step: int, loss: float, tokens: int) -> None:
+        """Reports a step.
+
+        Args:
+            step: Steps made so far, those before `start` included.
+            loss: Loss of this step.
+            tokens: Tokens computed since the last update.
+        """
+        now = time.monotonic()
+        self._tokens += tokens
+        elapsed = max(now - self._began, 1e-9)
+        shown = {"loss": f"{loss:.4f}", "speed": f"{self._tokens / elapsed:,.0f}"}
+        if self._console.is_terminal:
+            self._bar.update(self._task, completed=step, **shown)
+        elif now - self._printed >= self._every or step == self._total:
+            self._printed = now
+            left = elapsed / max(step - self._start, 1) * (self._total - step)
+            line = f"step {step}/{self._total}  loss {shown['loss']}  {shown['speed']} tokens/s"
+            self.say(f"{line}  {duration(left)} left")
+
+    def say(self, message: str) -> None:
+        """Prints a line above the bar."""
+        self._console.print(message, highlight=False, markup=False, soft_wrap=True)
+
+
+def duration(seconds: float) -> str:
+    """A time in hours, minutes and seconds.
+
+    Args:
+        seconds: The time.
+
+    Returns:
+        For instance "1:02:03" or "2:03".
+    """
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
