@@ -1,0 +1,13 @@
+"""Hugging Face checkpoints in, merged Hugging Face checkpoints out; neither needs PyTorch."""
+
+from circflax.interop._checkpoint import LoadReport, find_checkpoint, load_model
+from circflax.interop._export import export_merged
+from circflax.interop._tensors import CheckpointError
+
+__all__ = [
+    "CheckpointError",
+    "LoadReport",
+    "export_merged",
+    "find_checkpoint",
+    "load_model",
+]

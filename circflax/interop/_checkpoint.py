@@ -1,0 +1,306 @@
+"""Reading Hugging Face checkpoints into Flax models, without PyTorch and without pickle."""
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.typing import DTypeLike
+
+from circflax.interop._names import (
+    Placement,
+    in_head,
+    leaf_shapes,
+    name_leaves,
+    place_tensors,
+)
+from circflax.interop._tensors import (
+    CheckpointError,
+    LeafPath,
+    Tensor,
+    read_flax_leaves,
+    read_torch_tensors,
+)
+
+if TYPE_CHECKING:
+    from transformers import FlaxPreTrainedModel, PretrainedConfig
+
+_LOGGER = logging.getLogger(__name__)
+
+_HEADS = {
+    "base": "FLAX_MODEL_MAPPING",
+    "causal-lm": "FLAX_MODEL_FOR_CAUSAL_LM_MAPPING",
+    "image-classification": "FLAX_MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING",
+    "masked-lm": "FLAX_MODEL_FOR_MASKED_LM_MAPPING",
+    "multiple-choice": "FLAX_MODEL_FOR_MULTIPLE_CHOICE_MAPPING",
+    "question-answering": "FLAX_MODEL_FOR_QUESTION_ANSWERING_MAPPING",
+    "seq2seq-lm": "FLAX_MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
+    "sequence-classification": "FLAX_MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
+    "speech-seq2seq": "FLAX_MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING",
+    "token-classification": "FLAX_MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING",
+}
+# Weights in pickle and code are never fetched.
+_SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
+_TORCH_FILES = ("model.safetensors", "model-*.safetensors")
+_FLAX_FILES = ("flax_model.msgpack", "flax_model-*.msgpack")
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of a checkpoint when it was loaded.
+
+    Attributes:
+        directory: The local directory it was read from.
+        initialised: The leaves the checkpoint lacks, which got fresh random values.
+        unused: The checkpoint's tensors, by PyTorch name, that are no parameter of the model.
+    """
+
+    directory: Path
+    initialised: tuple[LeafPath, ...]
+    unused: tuple[str, ...]
+
+
+def load_model(
+    source: str | os.PathLike[str],
+    head: "str | type[FlaxPreTrainedModel]",
+    *,
+    revision: str | None = None,
+    config: Mapping[str, Any] | None = None,
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike | None = jnp.float32,
+    seed: int = 0,
+) -> tuple["FlaxPreTrainedModel", dict[str, Any], LoadReport]:
+    """Reads a Hugging Face checkpoint into a Flax model of `transformers`.
+
+    Weights come from safetensors files, one tensor at a time, or from Flax's msgpack files where
+    there are no others. PyTorch is not needed; pickled weights and remote code are never used.
+    A warning is logged if the checkpoint lacks leaves that are no part of a head.
+
+    Example:
+        >>> model, params, report = load_model(  # doctest: +SKIP
+        ...     "google-bert/bert-base-uncased", "sequence-classification", config={"num_labels": 3}
+        ... )
+        >>> report.initialised  # doctest: +SKIP
+        (('classifier', 'bias'), ('classifier', 'kernel'))
+
+    Args:
+        source: A local directory, or the name of a repository on the Hugging Face Hub.
+        head: The model's kind of head, such as `"sequence-classification"`, or its Flax class.
+        revision: A branch, tag or commit of the Hub repository.
+        config: Fields of the model's configuration to override, such as `num_labels`.
+        dtype: The dtype the model computes in.
+        param_dtype: The dtype of the floating-point parameters; `None` keeps each as stored.
+        seed: The seed for leaves that the checkpoint lacks, such as a new head.
+
+    Returns:
+        The model, made with `_do_init=False`; its parameters as nested dictionaries; and a report
+        of what was newly initialised and what was left unused.
+
+    Raises:
+        CheckpointError: If the checkpoint cannot be read or does not fit the model.
+    """
+    directory = find_checkpoint(source, revision)
+    tensors = read_tensors(directory)
+    configuration = _read_config(directory, config or {})
+    model = _model_class(configuration, head)(configuration, seed=seed, dtype=dtype, _do_init=False)
+    placements = match_tensors(tensors, model)
+
+    def cast(leaf: np.ndarray | jax.Array) -> jax.Array:
+        keep = param_dtype is None or not jnp.issubdtype(leaf.dtype, jnp.floating)
+        return jnp.asarray(leaf, leaf.dtype if keep else param_dtype)
+
+    leaves = {
+        placement.path: cast(placement.to_flax(tensors[name].read()))
+        for name, placement in placements.items()
+    }
+    missing = tuple(sorted(set(leaf_shapes(model)) - set(leaves)))
+    leaves |= {path: cast(leaf) for path, leaf in _initialise(model, missing).items()}
+    untrained = ["/".join(path) for path in missing if not in_head(path, model)]
+    if untrained:
+        _LOGGER.warning("`%s` lacks, and random values replace: %s.", source, ", ".join(untrained))
+    unused = tuple(sorted(set(tensors) - set(placements)))
+    return model, unflatten_dict(leaves), LoadReport(directory, missing, unused)
+
+
+def find_checkpoint(source: str | os.PathLike[str], revision: str | None = None) -> Path:
+    """Finds a checkpoint's local directory, downloading it from the Hub where needed.
+
+    Args:
+        source: A local directory, or the name of a repository on the Hugging Face Hub.
+        revision: A branch, tag or commit of the Hub repository.
+
+    Returns:
+        The directory.
+
+    Raises:
+        CheckpointError: If there is no such directory or repository.
+    """
+    if Path(source).is_dir():
+        if revision is not None:
+            raise CheckpointError(f"`{source}` is a local directory and has no `revision`.")
+        return Path(source)
+    from huggingface_hub import snapshot_download
+
+    def download(*patterns: str) -> Path:
+        return Path(
+            snapshot_download(
+                str(source),
+                revision=revision,
+                allow_patterns=[*_SMALL_FILES, *patterns],
+                ignore_patterns=["*/*"],
+            )
+        )
+
+    try:
+        directory = download(*_TORCH_FILES)
+        if not any(directory.glob("model*.safetensors")):
+            directory = download(*_FLAX_FILES)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"`{source}` is neither a local directory nor a Hub repository within reach: "
+            f"{_first_line(error)}"
+        ) from error
+    return directory
+
+
+def read_tensors(directory: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Lists the tensors of a checkpoint under their PyTorch names.
+
+    Args:
+        directory: The checkpoint's directory.
+
+    Returns:
+        The tensors by name.
+
+    Raises:
+        CheckpointError: If there are no weights in a format that is read here, or they are damaged.
+    """
+    tensors = read_torch_tensors(directory)
+    if tensors is not None:
+        return tensors
+    leaves = read_flax_leaves(directory)
+    if leaves is not None:
+        placements = name_leaves({path: np.ndim(leaf) for path, leaf in leaves.items()})
+        return {
+            name: Tensor.of(placement.to_torch(np.asarray(leaves[placement.path])))
+            for name, placement in placements.items()
+        }
+    if any(Path(directory).glob("pytorch_model*.bin*")):
+        raise CheckpointError(
+            f"`{directory}` holds only pickled weights (`pytorch_model.bin`), which can run code "
+            "and are never read; convert them in PyTorch with "
+            "`save_pretrained(…, safe_serialization=True)`."
+        )
+    raise CheckpointError(
+        f"`{directory}` holds no weights: expected `model.safetensors`, its shards with "
+        "`model.safetensors.index.json`, or `flax_model.msgpack`."
+    )
+
+
+def match_tensors(
+    tensors: Mapping[str, Tensor], model: "FlaxPreTrainedModel"
+) -> dict[str, Placement]:
+    """Finds the Flax leaf of each tensor and checks that the shapes agree.
+
+    Args:
+        tensors: A checkpoint's tensors by PyTorch name.
+        model: The Flax model.
+
+    Returns:
+        The placements of the tensors that are parameters of the model.
+
+    Raises:
+        CheckpointError: If a tensor's shape is not its leaf's.
+    """
+    placements = place_tensors({name: len(each.shape) for name, each in tensors.items()}, model)
+    shapes = leaf_shapes(model)
+    for name, placement in placements.items():
+        stored = tuple(tensors[name].shape[axis] for axis in placement.axes)
+        needed = shapes[placement.path].shape
+        if stored != needed:
+            labels = (
+                f" with `num_labels={model.config.num_labels}`"
+                if in_head(placement.path, model)
+                else ""
+            )
+            raise CheckpointError(
+                f"`{name}` has the shape {stored} (in Flax's layout) in the checkpoint, but "
+                f"`{type(model).__name__}`{labels} needs {needed}."
+            )
+    return placements
+
+
+def _read_config(directory: Path, overrides: Mapping[str, Any]) -> "PretrainedConfig":
+    from transformers import AutoConfig
+
+    # Without this file `transformers` would guess the architecture from the directory's name.
+    if not (directory / "config.json").is_file():
+        raise CheckpointError(f"`{directory}` lacks the model's configuration, `config.json`.")
+    try:
+        config, unused = AutoConfig.from_pretrained(
+            directory, trust_remote_code=False, return_unused_kwargs=True, **overrides
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"The configuration in `{directory}` cannot be read: {_first_line(error)}"
+        ) from error
+    unknown = sorted(set(unused) & set(overrides))
+    if unknown:
+        raise CheckpointError(f"`{type(config).__name__}` has no field `{unknown[0]}` to override.")
+    if getattr(config, "quantization_config", None) is not None:
+        raise CheckpointError(
+            f"`{directory}` holds quantised weights; load the checkpoint they were made from."
+        )
+    return config
+
+
+def _model_class(
+    config: "PretrainedConfig", head: "str | type[FlaxPreTrainedModel]"
+) -> "type[FlaxPreTrainedModel]":
+    from transformers import FlaxPreTrainedModel
+    from transformers.models.auto import modeling_flax_auto
+
+    if not isinstance(head, str):
+        if not (issubclass(head, FlaxPreTrainedModel) and isinstance(config, head.config_class)):
+            raise CheckpointError(
+                f"`{head.__name__}` is no Flax class for the checkpoint's `{config.model_type}`."
+            )
+        return head
+    if head not in _HEADS:
+        raise CheckpointError(f"`{head}` is no kind of head; choose from {', '.join(_HEADS)}.")
+    classes = {
+        kind: getattr(modeling_flax_auto, mapping).get(type(config), None)
+        for kind, mapping in _HEADS.items()
+    }
+    if classes[head] is None:
+        fitting = [kind for kind, found in classes.items() if found is not None]
+        raise CheckpointError(
+            f"`transformers` has no Flax model for `{config.model_type}` with the head `{head}`; "
+            f"it has {', '.join(fitting) or 'none at all'}."
+        )
+    return classes[head]
+
+
+def _initialise(
+    model: "FlaxPreTrainedModel", paths: tuple[LeafPath, ...]
+) -> dict[LeafPath, jax.Array]:
+    if not paths:
+        return {}
+
+    # Under `jit` the leaves that are not returned are never made.
+    @jax.jit
+    def init(key: jax.Array) -> list[jax.Array]:
+        leaves = flatten_dict(model.init_weights(key, model.input_shape))
+        return [leaves[path] for path in paths]
+
+    return dict(zip(paths, init(model.key), strict=True))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
