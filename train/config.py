@@ -190,8 +190,8 @@ class AdapterConfig:
         targets: Names of the layers to adapt, or one regular expression.
         layers: Numbers of the blocks to adapt; None is all.
         overrides: Other settings for some layers; the first match wins.
-        train: Patterns of base parameters that are trained in full; None is those that the
-            checkpoint does not have (the head).
+        train: Base parameters that are trained in full, besides those that the checkpoint does
+            not have (the head): names that their paths contain, such as "bias".
     """
 
     method: str = "cdvft"
@@ -199,7 +199,7 @@ class AdapterConfig:
     targets: tuple[str, ...] | str = ("query", "value")
     layers: tuple[int, ...] | None = None
     overrides: tuple[OverrideConfig, ...] = ()
-    train: tuple[str, ...] | None = None
+    train: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _require(
@@ -217,8 +217,9 @@ class OptimConfig:
         batch_size: Examples of one update.
         eval_batch_size: Examples of one evaluation step.
         accumulation_steps: Parts that a batch is computed in, one after the other.
-        learning_rate: Peak learning rate of the adapters.
-        head_learning_rate: Peak learning rate of base parameters that are trained in full.
+        learning_rate: Peak learning rate of the adapters, or of the whole base with "full".
+        head_learning_rate: Peak learning rate of base parameters that are trained in full; with
+            the method "full", of those that the checkpoint does not have (the head).
         schedule: Shape of the learning rate after the warm-up.
         warmup: Part of all steps during which the learning rate rises from 0.
         weight_decay: Decoupled weight decay.

@@ -1,0 +1,123 @@
+"""`circflax inspect`, `merge` and `export`: what to do with an adapter once it is trained."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax.numpy as jnp
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: the arguments; None takes the process's own.
+
+    Returns:
+        The exit code: 0, 1 if a file cannot be written, 2 if arguments or files do not fit.
+    """
+    arguments = _parser().parse_args(argv)
+    command: Callable[[argparse.Namespace], None] = arguments.command
+    # Nothing here needs PyTorch, which transformers would import where it is installed.
+    os.environ.setdefault("USE_TORCH", "0")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        command(arguments)
+    except ValueError as error:
+        return _fail(str(error), 2)
+    except OSError as error:
+        where = f" (`{error.filename}`)" if error.filename else ""
+        return _fail(f"{error.strerror or error}{where}", 1)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="circflax", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    inspect = commands.add_parser("inspect", help="show what an adapter is made of")
+    inspect.add_argument("adapter", help="a run's directory, or an adapter's")
+    inspect.set_defaults(command=_inspect)
+
+    merge = commands.add_parser("merge", help="write merged Flax parameters (Orbax checkpoint)")
+    merge.set_defaults(command=_merge)
+    export = commands.add_parser(
+        "export", help="write the merged model in Hugging Face's layout (safetensors)"
+    )
+    export.set_defaults(command=_export)
+    export.add_argument(
+        "--max-shard-size", default="5GB", help="largest weights file, such as 500MB (default 5GB)"
+    )
+    for command in (merge, export):
+        command.add_argument("adapter", help="a run's directory, or an adapter's")
+        command.add_argument("output", help="directory to write; it must not exist yet")
+        command.add_argument("--base", help="the base model, if it is no longer where it was")
+        command.add_argument(
+            "--float64", action="store_true", help="merge in float64 instead of float32"
+        )
+    return parser
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    from circflax.tree import load_adapters, report_adapters
+
+    directory = Path(arguments.adapter)
+    nested = directory / "adapter"
+    file = load_adapters(nested if nested.is_dir() else directory)
+    reports = report_adapters(file.adapters, file.plan)
+    width = min(max(len(report.name) for report in reports), 44) if reports else 5
+    print(f"{'layer':{width}}  {'method':6} {'parameters':>10} {'rank':>5} {'norm':>9}")
+    for report in reports:
+        name = report.name if len(report.name) <= width else "…" + report.name[1 - width :]
+        print(
+            f"{name:{width}}  {report.method:6} {report.parameter_count:>10,}"
+            f" {report.rank:>5} {report.norm:>9.3g}"
+        )
+    for path in file.plan.trained:
+        print("/".join(path), "trained in full")
+    total = sum(report.parameter_count for report in reports)
+    methods = {str(target.method): None for target in file.plan.targets}
+    print(f"\n{len(reports)} layers, {total:,} adapter parameters; base {file.base or 'not named'}")
+    for method in methods:
+        print(method)
+
+
+def _merge(arguments: argparse.Namespace) -> None:
+    import orbax.checkpoint as ocp
+
+    import circflax as cf
+
+    output = Path(arguments.output).resolve()
+    if output.exists():
+        raise ValueError(f"`{output}` exists already; choose another directory.")
+    adapted = cf.interop.load_adapted(arguments.adapter, arguments.base)
+    merged = cf.merge(
+        adapted.params, adapted.file.adapters, adapted.file.plan, dtype=_dtype(arguments)
+    )
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(output, merged)
+    print(f"merged parameters: {output}")
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    import circflax as cf
+
+    cf.interop.export_adapted(
+        arguments.adapter,
+        arguments.output,
+        arguments.base,
+        dtype=_dtype(arguments),
+        max_shard_size=arguments.max_shard_size,
+    )
+    print(f"merged model: {arguments.output}")
+
+
+def _dtype(arguments: argparse.Namespace) -> jnp.dtype:
+    return jnp.dtype("float64" if arguments.float64 else "float32")
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return code

@@ -1,13 +1,17 @@
 """Hugging Face checkpoints in, merged Hugging Face checkpoints out; neither needs PyTorch."""
 
+from circflax.interop._adapted import Adapted, export_adapted, load_adapted
 from circflax.interop._checkpoint import LoadReport, find_checkpoint, load_model
 from circflax.interop._export import export_merged
 from circflax.interop._tensors import CheckpointError
 
 __all__ = [
+    "Adapted",
     "CheckpointError",
     "LoadReport",
+    "export_adapted",
     "export_merged",
     "find_checkpoint",
+    "load_adapted",
     "load_model",
 ]

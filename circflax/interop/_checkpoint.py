@@ -1,9 +1,11 @@
 """Reading Hugging Face checkpoints into Flax models, without PyTorch and without pickle."""
 
+import json
 import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,27 +107,72 @@ def load_model(
     Raises:
         CheckpointError: If the checkpoint cannot be read or does not fit the model.
     """
-    directory = find_checkpoint(source, revision)
-    tensors = read_tensors(directory)
-    configuration = _read_config(directory, config or {})
-    model = _model_class(configuration, head)(configuration, seed=seed, dtype=dtype, _do_init=False)
-    placements = match_tensors(tensors, model)
+    checkpoint = open_checkpoint(
+        source, head, revision=revision, config=config, dtype=dtype, seed=seed
+    )
+    model, missing = checkpoint.model, checkpoint.missing
 
     def cast(leaf: np.ndarray | jax.Array) -> jax.Array:
         keep = param_dtype is None or not jnp.issubdtype(leaf.dtype, jnp.floating)
         return jnp.asarray(leaf, leaf.dtype if keep else param_dtype)
 
-    leaves = {
-        placement.path: cast(placement.to_flax(tensors[name].read()))
-        for name, placement in placements.items()
-    }
-    missing = tuple(sorted(set(leaf_shapes(model)) - set(leaves)))
+    leaves = {path: cast(checkpoint.read(path)) for path in checkpoint.names}
     leaves |= {path: cast(leaf) for path, leaf in _initialise(model, missing).items()}
     untrained = ["/".join(path) for path in missing if not in_head(path, model)]
     if untrained:
         _LOGGER.warning("`%s` lacks, and random values replace: %s.", source, ", ".join(untrained))
-    unused = tuple(sorted(set(tensors) - set(placements)))
-    return model, unflatten_dict(leaves), LoadReport(directory, missing, unused)
+    unused = tuple(sorted(set(checkpoint.tensors) - set(checkpoint.placements)))
+    return model, unflatten_dict(leaves), LoadReport(checkpoint.directory, missing, unused)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint beside the model that it is for; weights are read when asked for.
+
+    Attributes:
+        directory: The local directory.
+        model: The Flax model, made with `_do_init=False`.
+        tensors: The checkpoint's tensors by PyTorch name.
+        placements: The leaf of each tensor that is a parameter of the model.
+    """
+
+    directory: Path
+    model: "FlaxPreTrainedModel"
+    tensors: Mapping[str, Tensor]
+    placements: Mapping[str, Placement]
+
+    @cached_property
+    def names(self) -> dict[LeafPath, str]:
+        """The PyTorch name of each leaf that the checkpoint holds."""
+        return {placement.path: name for name, placement in self.placements.items()}
+
+    @property
+    def missing(self) -> tuple[LeafPath, ...]:
+        """The model's leaves that the checkpoint lacks."""
+        return tuple(sorted(set(leaf_shapes(self.model)) - set(self.names)))
+
+    def read(self, path: LeafPath) -> np.ndarray:
+        """Reads one leaf, in Flax's layout and the dtype it is stored in."""
+        name = self.names[path]
+        return self.placements[name].to_flax(self.tensors[name].read())
+
+
+def open_checkpoint(
+    source: str | os.PathLike[str],
+    head: "str | type[FlaxPreTrainedModel]",
+    *,
+    revision: str | None = None,
+    config: Mapping[str, Any] | None = None,
+    dtype: DTypeLike = jnp.float32,
+    seed: int = 0,
+) -> Checkpoint:
+    """Finds a checkpoint and makes its model, without reading weights; see `load_model`."""
+    directory = find_checkpoint(source, revision)
+    tensors = read_tensors(directory)
+    configuration = _read_config(directory, config or {})
+    model_class = _model_class(configuration, head)
+    model = model_class(configuration, seed=seed, dtype=dtype, _do_init=False)
+    return Checkpoint(directory, model, tensors, match_tensors(tensors, model))
 
 
 def find_checkpoint(source: str | os.PathLike[str], revision: str | None = None) -> Path:
@@ -242,6 +289,12 @@ def _read_config(directory: Path, overrides: Mapping[str, Any]) -> "PretrainedCo
     # Without this file `transformers` would guess the architecture from the directory's name.
     if not (directory / "config.json").is_file():
         raise CheckpointError(f"`{directory}` lacks the model's configuration, `config.json`.")
+    try:
+        kind = json.loads((directory / "config.json").read_text()).get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(f"`{directory / 'config.json'}` is not a model's JSON.") from error
+    if kind is None:
+        raise CheckpointError(f"`{directory / 'config.json'}` names no `model_type`.")
     try:
         config, unused = AutoConfig.from_pretrained(
             directory, trust_remote_code=False, return_unused_kwargs=True, **overrides

@@ -16,27 +16,26 @@ from circflax.tree._paths import flatten
 def find_layouts(run: Callable[[Tree], Any], params: Tree) -> dict[Path, Layout | str]:
     """Finds the layers of a linen model that can be adapted, and how each uses its kernel.
 
-        A layer can be adapted if it multiplies its input by its one kernel, and adds at most a bias:
-        `nn.Dense`, `nn.DenseGeneral`, `nn.Einsum` and whatever else computes so, kernels stored
-        output-first included. This is read off the layer's own program (its jaxpr), never off its
-        class, its name or the kernel's shape. Nothing is computed.
+    A layer can be adapted if it multiplies its input by its one kernel, and adds at most a bias:
+    `nn.Dense`, `nn.DenseGeneral`, `nn.Einsum` and whatever else computes so, kernels stored
+    output-first included. This is read off the layer's own program (its jaxpr), never off its
+    class, its name or the kernel's shape. Nothing is computed.
 
-        Args:
-            run: calls the model with parameters: `lambda params: model(batch, params=params)`.
-            params: the model's parameters, arrays or `jax.ShapeDtypeStruct`s.
+    Args:
+        run: calls the model with parameters: `lambda params: model(batch, params=params)`.
+        params: the model's parameters, arrays or `jax.ShapeDtypeStruct`s.
 
-        Returns:
-            For each array of two axes or more whose module was called, by its path: its layout, or in
-            a few words why it cannot be adapted.
+    Returns:
+        For each array of two axes or more whose module was called, by its path: its layout, or in
+        a few words why it cannot be adapted.
 
-        Example:
-            >>> import jax, jax.numpy as jnp
-            >>> from flax import linen as nn
-    from flax.errors import FlaxError
-            >>> model, x = nn.DenseGeneral(features=(2, 3), use_bias=False), jnp.ones((5, 4))
-            >>> params = model.init(jax.random.key(0), x)["params"]
-            >>> find_layouts(lambda p: model.apply({"params": p}, x), params)
-            {('kernel',): Layout(roles=('in', 'out', 'out'), x_axes=(-1,), y_axes=(-2, -1))}
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from flax import linen as nn
+        >>> model, x = nn.DenseGeneral(features=(2, 3), use_bias=False), jnp.ones((5, 4))
+        >>> params = model.init(jax.random.key(0), x)["params"]
+        >>> find_layouts(lambda p: model.apply({"params": p}, x), params)
+        {('kernel',): Layout(roles=('in', 'out', 'out'), x_axes=(-1,), y_axes=(-2, -1))}
     """
     leaves = flatten(params)
     found: dict[Path, Layout | str] = {}

@@ -54,7 +54,8 @@ class BCA(Method):
     ) -> Params:
         p = self.p or min(in_features, out_features)
         if self.init_weights == "zeros":
-            return {"c": jnp.zeros((-(-out_features // p), -(-in_features // p), p))}
+            shape = (-(-out_features // p), -(-in_features // p), p)
+            return {"c": jnp.zeros(shape, jnp.float32)}
         if kernel is None:
             raise ValueError(
                 "BCA's init_weights=\"projection\" starts from the layer's own weights: give"

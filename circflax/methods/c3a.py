@@ -59,15 +59,15 @@ class C3A(Method):
         shape = (out_features // b, in_features // b, b)
         match self.init_weights:
             case "zeros":
-                w = jnp.zeros(shape)
+                w = jnp.zeros(shape, jnp.float32)
             case "xavier_uniform":
                 bound = math.sqrt(6 / (in_features + out_features))
-                w = jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+                w = jax.random.uniform(key, shape, jnp.float32, minval=-bound, maxval=bound)
             case "gaussian":
-                w = jax.random.normal(key, shape)
+                w = jax.random.normal(key, shape, jnp.float32)
             case "kaiming_uniform":
                 bound = math.sqrt(6 / in_features)
-                w = jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+                w = jax.random.uniform(key, shape, jnp.float32, minval=-bound, maxval=bound)
         return {"w": w}
 
     def update(self, params: Params, x: jax.Array, out_features: int) -> jax.Array:

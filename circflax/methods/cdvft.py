@@ -61,14 +61,14 @@ class CDVFT(Method):
         self, key: jax.Array, in_features: int, out_features: int, kernel: jax.Array | None = None
     ) -> Params:
         p = self._block(in_features, out_features)
-        params = {"a1": jnp.ones(in_features)}
+        params = {"a1": jnp.ones(in_features, jnp.float32)}
         for i in range(2, self.factors, 2):
             if i == 2:
                 blocks = (-(-out_features // p), -(-in_features // p), p)
-                params["c2"] = jnp.zeros(blocks)
+                params["c2"] = jnp.zeros(blocks, jnp.float32)
             else:
-                params[f"c{i}"] = jnp.zeros(out_features).at[0].set(1.0)
-            params[f"a{i + 1}"] = jnp.ones(out_features)
+                params[f"c{i}"] = jnp.zeros(out_features, jnp.float32).at[0].set(1.0)
+            params[f"a{i + 1}"] = jnp.ones(out_features, jnp.float32)
         return params
 
     def update(self, params: Params, x: jax.Array, out_features: int) -> jax.Array:

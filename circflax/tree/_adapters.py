@@ -1,7 +1,7 @@
 """Adapters as a small tree beside the frozen one: make, combine, merge, unmerge, switch off."""
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -276,7 +276,7 @@ def adapters_by_target(adapters: Tree, plan: Plan) -> list[tuple[Target, dict[st
     return pairs
 
 
-def check_plan(plan: Plan, leaves: dict[Path, Any]) -> None:
+def check_plan(plan: Plan, leaves: Mapping[Path, Any]) -> None:
     """Raises a ValueError if the leaves of a model are not those that a plan was made for."""
     for target in plan.targets:
         kernel = leaves.get(target.kernel_path)

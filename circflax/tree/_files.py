@@ -4,10 +4,12 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
@@ -16,7 +18,7 @@ import safetensors.numpy
 from circflax.methods import make_method
 from circflax.tree._adapters import adapters_by_target, check_plan
 from circflax.tree._layout import Layout
-from circflax.tree._paths import Tree, flatten, join, split, unflatten
+from circflax.tree._paths import Path, Tree, flatten, join, split, unflatten
 from circflax.tree._plan import Plan, Target
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -49,8 +51,23 @@ class AdapterFile:
         Raises:
             ValueError: if a layer is missing, has another shape, or has other weights.
         """
-        check_plan(self.plan, flatten(params))
-        if fingerprint(params, self.plan) != self.fingerprint:
+        leaves = flatten(params)
+        self.check_kernels(leaves, leaves.__getitem__)
+
+    def check_kernels(
+        self, shapes: Mapping[Path, Any], kernel: Callable[[Path], jax.Array]
+    ) -> None:
+        """`check_base` for a base model that is not in memory.
+
+        Args:
+            shapes: the base model's leaves, or descriptions of them, by their paths.
+            kernel: reads the leaf of a path.
+
+        Raises:
+            ValueError: as `check_base`.
+        """
+        check_plan(self.plan, shapes)
+        if _fingerprint(self.plan, kernel) != self.fingerprint:
             name = f" ({self.base})" if self.base else ""
             raise ValueError(
                 f"the adapters were trained on another base model{name}: the shapes agree with"
@@ -58,15 +75,14 @@ class AdapterFile:
             )
 
 
-def fingerprint(params: Tree, plan: Plan) -> str:
+def _fingerprint(plan: Plan, read: Callable[[Path], jax.Array]) -> str:
     """A digest of the layers that a plan adapts: their names, shapes and some of their weights.
 
     Weights count in bfloat16, so that a base loaded in another dtype is still recognised.
     """
-    leaves = flatten(params)
     digest = hashlib.sha256()
     for target in sorted(plan.targets, key=lambda target: target.path):
-        kernel = leaves[target.kernel_path]
+        kernel = read(target.kernel_path)
         digest.update(f"{join(target.kernel_path)} {target.shape};".encode())
         # The first row tells two models apart, and costs no pass over gigabytes.
         row = kernel[(0,) * (kernel.ndim - 1)]
@@ -103,7 +119,7 @@ def save_adapters(
     config = {
         "format": _FORMAT,
         "base": base,
-        "fingerprint": fingerprint(params, plan),
+        "fingerprint": _fingerprint(plan, flatten(params).__getitem__),
         "trained": [join(path) for path in plan.trained],
         "targets": [_target_to_json(target) for target in plan.targets],
     }

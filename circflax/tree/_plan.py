@@ -38,7 +38,7 @@ class AdapterConfig:
     """Which layers of a model get an adapter, and which of its leaves train in full.
 
     Attributes:
-        method: the adaptation method with its hyperparameters.
+        method: the adaptation method with its hyperparameters; None if there are no targets.
         targets: the modules to adapt: names that a module's path ends with, such as
             `("query", "self/value")`, or one regular expression that matches whole slash-joined
             paths, such as `".*/attention/self/(query|value)"`.
@@ -50,13 +50,15 @@ class AdapterConfig:
             `("classifier", "bias")`, or one regular expression that matches whole paths.
     """
 
-    method: Method
-    targets: Patterns
+    method: Method | None = None
+    targets: Patterns = ()
     layers: Sequence[int] | None = None
     overrides: Mapping[str, Method | Mapping[str, Any] | None] = field(default_factory=dict)
     train: Patterns = ()
 
     def __post_init__(self) -> None:
+        if self.targets and self.method is None:
+            raise ValueError("there are targets to adapt, but no `method` to adapt them by.")
         for patterns in (self.targets, self.train):
             if isinstance(patterns, str):
                 check_pattern(patterns)

@@ -1,0 +1,109 @@
+"""Checkpoints of a run: the small tree, the optimizer and where the run stands; never the base."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from train.steps import TrainState
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands.
+
+    Attributes:
+        epoch: Pass that the next batch belongs to, counted from 0.
+        batch: Number of that batch in its pass.
+        best_epoch: Epoch with the best validation metric so far, counted from 1; 0 before the
+            first.
+        validation: Validation metrics of that epoch.
+        seconds: Time spent so far.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    best_epoch: int = 0
+    validation: dict[str, float] | None = None
+    seconds: float = 0.0
+
+
+class Checkpoints:
+    """Saves and restores whole states of a run. Use as a context manager.
+
+    A checkpoint appears under its name when it is complete, so that a run killed at any moment
+    finds the last complete one.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        """Opens the checkpoints of a run.
+
+        Args:
+            directory: Where they are; made if it is missing.
+        """
+        options = ocp.CheckpointManagerOptions(max_to_keep=1)
+        self._manager = ocp.CheckpointManager(directory.resolve(), options=options)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._manager.close()
+
+    @property
+    def latest(self) -> int | None:
+        """Step of the last complete checkpoint, if there is one."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState, best: Any, rng: jax.Array, progress: Progress) -> None:
+        """Saves a state, in the background; the checkpoint before it goes when this one is whole.
+
+        Args:
+            state: The state.
+            best: The small tree of the best epoch so far.
+            rng: Key that dropout's keys are made from.
+            progress: Where the run stands.
+        """
+        arrays = {"state": state._asdict(), "best": best, "rng": jax.random.key_data(rng)}
+        self._manager.save(
+            int(state.step),
+            args=ocp.args.Composite(
+                arrays=ocp.args.StandardSave(arrays), progress=ocp.args.JsonSave(asdict(progress))
+            ),
+        )
+
+    def restore(
+        self, state: TrainState, rng: jax.Array
+    ) -> tuple[TrainState, Any, jax.Array, Progress]:
+        """Restores the last checkpoint.
+
+        Args:
+            state: A state of the same shapes.
+            rng: A key of the same kind.
+
+        Returns:
+            State, small tree of the best epoch, key and standing of the run.
+        """
+        like = {"state": state._asdict(), "best": state.small, "rng": jax.random.key_data(rng)}
+        restored = self._manager.restore(
+            self.latest,
+            args=ocp.args.Composite(
+                arrays=ocp.args.StandardRestore(jax.eval_shape(lambda: like)),
+                progress=ocp.args.JsonRestore(),
+            ),
+        )
+        arrays = restored.arrays
+        return (
+            TrainState(**arrays["state"]),
+            arrays["best"],
+            jax.random.wrap_key_data(arrays["rng"]),
+            Progress(**restored.progress),
+        )
