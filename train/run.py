@@ -62,7 +62,7 @@ def run(config: Config, console: Console | None = None) -> report.Summary:
     model, base, loaded = _load_model(config, splits)
     plan = _make_plan(config, model, base, loaded.initialised)
     console.print(str(cf.summarize(base, plan)), highlight=False, markup=False, soft_wrap=True)
-    encoded = _encode(config, splits, loaded.directory)
+    encoded = encode(config, splits, loaded.directory)
 
     directory.mkdir(parents=True, exist_ok=True)
     configuration.save(config, directory / CONFIG)
@@ -322,7 +322,7 @@ def _make_plan(
     return cf.make_plan(base, chosen, layouts)
 
 
-def _encode(config: Config, splits: Splits, directory: Path) -> dict[str, Encoded]:
+def encode(config: Config, splits: Splits, directory: Path) -> dict[str, Encoded]:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(directory)

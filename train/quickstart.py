@@ -1,0 +1,211 @@
+"""`python -m train.quickstart`: the whole way from a pretrained model to a merged export.
+
+The task needs no download: which module of Python's standard library does a docstring belong to?
+"""
+
+import ast
+import json
+import os
+import random
+import shutil
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ.setdefault("USE_TORCH", "0")
+os.environ.setdefault("USE_TF", "0")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import jax
+import numpy as np
+from rich.console import Console
+
+import circflax as cf
+from train import config as configuration
+from train.config import Config
+from train.data import Encoded, epoch_batches, load_splits
+from train.run import encode, run
+
+MODULES, MOST = 20, 160
+# Their sources are not part of every installation, or change much between versions of Python.
+LEFT_OUT = {"distutils", "ensurepip", "idlelib", "lib2to3", "pyrepl", "site-packages", "tkinter"}
+
+
+CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
+
+
+def main(argv: list[str]) -> int:
+    """Makes the data, trains, merges, exports, and checks the export.
+
+    Args:
+        argv: Settings that differ from ``configs/quickstart.yaml``, as for ``python -m train``.
+
+    Returns:
+        The exit code: 0 if the exported model's logits agree with the adapted model's.
+    """
+    console = Console()
+    config = configuration.load(["--config", str(CONFIG), *argv])
+    directory = Path(config.run.output)
+    shutil.rmtree(directory, ignore_errors=True)
+    _heading(console, "1. Data: which module does a docstring belong to?")
+    texts = collect_docstrings()
+    _write(texts, Path(config.data.root))
+    console.print(f"{sum(map(len, texts.values()))} docstrings of {', '.join(texts)}")
+
+    _heading(console, "2. Baseline: logistic regression on the frozen model's features")
+    baseline = frozen_accuracy(config)
+    console.print(f"test accuracy {baseline:.4f}")
+
+    _heading(console, "3. CDVFT: diagonal and circulant factors on every query and value")
+    summary = run(config, console)
+
+    _heading(console, "4. Merge and export to Hugging Face's layout")
+    exported = directory / "merged"
+    cf.interop.export_adapted(directory, exported)
+    difference = export_difference(directory, exported, config)
+    console.print(f"{exported}: logits within {difference:.1e} of the adapted model's")
+
+    adapted = cf.load_adapters(directory / "adapter")
+    lora = sum(8 * (target.in_features + target.out_features) for target in adapted.plan.targets)
+    count = summary.trainable["adapters"]
+    _heading(console, "Result")
+    console.print(
+        f"test accuracy {summary.test['accuracy']:.4f}, frozen features {baseline:.4f}\n"
+        f"{count:,} adapter parameters, {lora / count:.2f} times fewer than LoRA r=8 on the same"
+        f" layers ({lora:,})\n"
+        f"report: {directory / 'report.md'}, curves: {directory / 'curves.png'}"
+    )
+    if difference > 1e-4:
+        console.print("error: the exported model does not compute what the adapted one does.")
+        return 1
+    return 0
+
+
+def collect_docstrings() -> dict[str, list[str]]:
+    """The docstrings of the standard library's best documented modules.
+
+    Returns:
+        For each of `MODULES` modules up to `MOST` of its docstrings, cut to 40 words and in a
+        random order that is the same every time. A text that two modules share is left out.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    owners: dict[str, set[str]] = {}
+    for file in sorted(root.rglob("*.py")):
+        parts = file.relative_to(root).parts
+        if LEFT_OUT.isdisjoint(parts) and not {"test", "tests"} & set(parts):
+            module = parts[0].removesuffix(".py").lstrip("_")
+            for text in _docstrings(file):
+                owners.setdefault(text, set()).add(module)
+    texts: dict[str, list[str]] = {}
+    for text, modules in owners.items():
+        if len(modules) == 1:
+            texts.setdefault(*modules, []).append(text)
+    largest = sorted(texts, key=lambda module: (-len(texts[module]), module))[:MODULES]
+    shuffle = random.Random(0)
+    return {
+        module: shuffle.sample(texts[module], min(MOST, len(texts[module])))
+        for module in sorted(largest)
+    }
+
+
+def _docstrings(file: Path) -> Iterator[str]:
+    try:
+        tree = ast.parse(file.read_bytes())
+    except SyntaxError:  # some files of the library are broken on purpose
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            words = (ast.get_docstring(node) or "").split()
+            if len(words) >= 5:
+                yield " ".join(words[:40])
+
+
+def _write(texts: dict[str, list[str]], directory: Path) -> None:
+    """Writes train, validation and test files: of ten examples of a module 7, 1 and 2."""
+    directory.mkdir(parents=True, exist_ok=True)
+    parts = {"train": slice(0, 7), "validation": slice(7, 8), "test": slice(8, 10)}
+    for name, part in parts.items():
+        lines = [
+            json.dumps({"text": text, "label": module})
+            for module, all_texts in texts.items()
+            for start in range(0, len(all_texts), 10)
+            for text in all_texts[start : start + 10][part]
+        ]
+        (directory / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def frozen_accuracy(config: Config) -> float:
+    """Test accuracy of logistic regression on what the pretrained model gives a head to read.
+
+    Args:
+        config: The settings of the run to compare with.
+
+    Returns:
+        The accuracy, with the regularisation that is best on the validation split.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    model, params, report = cf.interop.load_model(config.model.name, "base")
+    encoded = encode(config, load_splits(config.data), report.directory)
+
+    @jax.jit
+    def pooled(params, batch):
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        return model(**inputs, params=params).pooler_output
+
+    features = {name: _outputs(pooled, params, part, config) for name, part in encoded.items()}
+    classifiers = [
+        LogisticRegression(C=c, max_iter=1000).fit(features["train"], encoded["train"].labels)
+        for c in (0.1, 1.0, 10.0)
+    ]
+    best = max(
+        classifiers,
+        key=lambda each: each.score(features["validation"], encoded["validation"].labels),
+    )
+    return best.score(features["test"], encoded["test"].labels)
+
+
+def export_difference(directory: Path, exported: Path, config: Config) -> float:
+    """The largest difference between the exported model's logits and the adapted model's.
+
+    Args:
+        directory: The run's directory.
+        exported: The merged model's.
+        config: The settings of the run.
+
+    Returns:
+        The difference over the test split.
+    """
+    adapted = cf.interop.load_adapted(directory)
+    run_adapted = cf.linen.attach(adapted.model, adapted.file.plan)
+    both = cf.combine(adapted.params, adapted.file.adapters)
+    plain, params, _ = cf.interop.load_model(exported, "sequence-classification")
+    test = encode(config, load_splits(config.data), exported)["test"]
+
+    def logits(model, params):
+        def predict(params, batch):
+            inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+            return model(**inputs, params=params).logits
+
+        return _outputs(jax.jit(predict), params, test, config)
+
+    return float(np.abs(logits(run_adapted, both) - logits(plain, params)).max())
+
+
+def _outputs(predict, params, encoded: Encoded, config: Config) -> np.ndarray:
+    batches = epoch_batches(
+        encoded,
+        batch_size=config.optim.eval_batch_size,
+        buckets=config.data.bucket_lengths,
+        shuffle=False,
+    )
+    return batches.in_order([np.asarray(predict(params, batch)) for batch in batches])
+
+
+def _heading(console: Console, text: str) -> None:
+    console.print(f"\n[bold]{text}[/bold]")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
