@@ -8,6 +8,14 @@ from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+# Many tests compile the same programs, in several processes.
+jax.config.update(
+    "jax_compilation_cache_dir",
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.abspath(".cache/jax-tests")),
+)
+for name, value in (("min_compile_time_secs", 0.2), ("min_entry_size_bytes", 0)):
+    jax.config.update(f"jax_persistent_cache_{name}", value)
+
 # Compilation makes the first example slow, which says nothing about the code under test.
 settings.register_profile(
     "circflax",

@@ -1,5 +1,7 @@
-"""The result of a run: ``report.md``, ``curves.png`` and a table on screen."""
+"""The result of a run: ``results.json``, ``report.md``, ``curves.png`` and a table on screen."""
 
+import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +13,8 @@ from rich.text import Text
 
 from train import log
 from train.progress import duration
+
+RESULTS = "results.json"
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,7 @@ class Summary:
         validation: Validation metrics of that epoch.
         test: Test metrics of that epoch, if there is a test split.
         seconds: Time of the run.
+        seed: Seed of the run.
         notes: Sentences on the data and the run.
     """
 
@@ -41,11 +46,12 @@ class Summary:
     validation: Mapping[str, float]
     test: Mapping[str, float] | None
     seconds: float
+    seed: int
     notes: Sequence[str] = ()
 
 
 def write(run_directory: str | Path, summary: Summary) -> None:
-    """Writes ``report.md`` and ``curves.png`` into a run's directory.
+    """Writes ``results.json``, ``report.md`` and ``curves.png`` into a run's directory.
 
     Args:
         run_directory: Directory that holds ``metrics.jsonl``.
@@ -53,6 +59,8 @@ def write(run_directory: str | Path, summary: Summary) -> None:
     """
     directory = Path(run_directory)
     records = log.read(directory / log.FILE_NAME)
+    results = json.dumps(dataclasses.asdict(summary), indent=1)
+    (directory / RESULTS).write_text(results + "\n", encoding="utf-8")
     plot(records, summary, directory / "curves.png")
     (directory / "report.md").write_text(markdown(summary), encoding="utf-8")
 
@@ -153,7 +161,7 @@ def _rows(summary: Summary) -> list[tuple[str, str]]:
         rows.append(("test", "not reported: there is no test split"))
     else:
         rows += [(f"test {name}", f"{value:.4f}") for name, value in summary.test.items()]
-    return [*rows, ("time", duration(summary.seconds))]
+    return [*rows, ("time", duration(summary.seconds)), ("seed", str(summary.seed))]
 
 
 def _escape(text: str) -> str:

@@ -80,7 +80,9 @@ def run(config: Config, console: Console | None = None) -> report.Summary:
 
     counted = cf.summarize(base, plan)
     summary = report.Summary(
-        task=config.data.task or Path(config.data.train).parent.name or config.data.train,
+        task=config.data.task
+        or Path(config.data.train).parent.name
+        or Path(config.data.train).stem,
         model=config.model.name,
         method=config.adapter.method,
         trainable={
@@ -93,6 +95,7 @@ def run(config: Config, console: Console | None = None) -> report.Summary:
         validation=progress.validation,
         test=test,
         seconds=progress.seconds,
+        seed=config.run.seed,
         notes=(*splits.notes, *_truncation_notes(config, encoded)),
     )
     report.write(directory, summary)

@@ -1,0 +1,276 @@
+"""Whole runs of the application on a tiny model."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import circflax as cf
+from train import config, steps
+from train import run as train_run
+from train.__main__ import main
+from train.checkpoints import Checkpoints, Progress
+from train.config import OptimConfig
+from train.optimizer import make_optimizer, make_rates, make_schedule
+from train.run import TrainingError, run
+from train.steps import TrainState
+
+METHODS = ("cdvft", "c3a", "bca", "full", "none")
+
+
+def flat(tree) -> dict[str, np.ndarray]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def finished(directory: Path) -> tuple[str, bytes]:
+    """What two equal runs agree on to the last bit: the metrics and the adapters."""
+    metrics = (directory / "metrics.jsonl").read_text()
+    return metrics, (directory / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def start(arguments: list[str]) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    return subprocess.Popen(
+        [sys.executable, "-m", "train", *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_leaves_a_report_metrics_and_its_adapter(method, arguments, tmp_path) -> None:
+    summary = run(config.load([*arguments, "--adapter.method", method]))
+    directory = tmp_path / "run"
+    assert set(summary.test) == {"accuracy", "f1", "matthews"}
+    assert (directory / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert f"{method} on" in (directory / "report.md").read_text()
+    assert list((directory / "tensorboard").iterdir())
+    records = [json.loads(line) for line in (directory / "metrics.jsonl").open()]
+    assert [r["step"] for r in records if r["split"] == "train"] == list(range(1, 13))
+    validation = [r["accuracy"] for r in records if r["split"] == "validation"]
+    assert max(validation) == summary.validation["accuracy"]
+    assert validation[summary.best_epoch - 1] == max(validation)
+    file = cf.load_adapters(directory / "adapter")
+    assert {t.method.name for t in file.plan.targets} == ({method} & set(METHODS[:3]))
+    assert ("classifier", "kernel") in file.plan.trained
+
+
+def test_it_learns(arguments) -> None:
+    more = ["--adapter.method", "full", "--optim.learning_rate", "0.01", "--optim.epochs", "8"]
+    summary = run(config.load([*arguments, *more]))
+    assert summary.test["accuracy"] > 0.8
+
+
+def test_equal_seeds_give_equal_runs_and_others_do_not(arguments, tmp_path) -> None:
+    results = []
+    for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        run(config.load([*arguments, "--run.output", str(tmp_path / name), "--run.seed", seed]))
+        results.append(finished(tmp_path / name))
+    assert results[0] == results[1]
+    assert results[0] != results[2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [3, 5, 9])
+def test_a_killed_run_resumes_and_ends_with_the_same_numbers(stop, arguments, tmp_path) -> None:
+    arguments = [*arguments, "--run.checkpoint_every", "2"]
+    whole = tmp_path / "whole"
+    assert main([*arguments, "--run.output", str(whole)]) == 0
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    process = start(arguments)
+    while process.poll() is None:
+        if metrics.exists() and metrics.read_text().count("\n") >= stop:
+            process.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.005)
+    process.wait()
+    assert process.returncode == -signal.SIGKILL
+    out, error = start(arguments).communicate()
+    assert "resumed from step" in out or stop < 4, error
+    assert finished(tmp_path / "run") == finished(whole)
+
+
+def test_a_finished_run_is_reported_again_without_training(arguments, tmp_path, capsys) -> None:
+    first = run(config.load(arguments))
+    before = finished(tmp_path / "run")
+    again = run(config.load(arguments))
+    assert (again.test, again.best_epoch) == (first.test, first.best_epoch)
+    assert finished(tmp_path / "run") == before
+    assert "resumed from step 12 of 12" in capsys.readouterr().out
+
+
+def test_a_run_does_not_go_on_with_other_settings(arguments, capsys) -> None:
+    assert main(arguments) == 0
+    assert main([*arguments, "--optim.learning_rate", "0.1"]) == 2
+    assert "`optim.learning_rate` 0.2, not 0.1" in capsys.readouterr().err
+    assert main([*arguments, "--optim.learning_rate", "0.1", "--run.resume", "false"]) == 0
+
+
+def test_only_the_small_tree_is_saved(arguments, tmp_path) -> None:
+    run(config.load([*arguments, "--adapter.method", "none"]))
+    sizes = [f.stat().st_size for f in (tmp_path / "run" / "checkpoints").rglob("*") if f.is_file()]
+    assert sum(sizes) < 50_000
+
+
+def test_accumulation_is_the_whole_batch() -> None:
+    rng = np.random.default_rng(0)
+    small = {"w": np.asarray(rng.standard_normal((3, 2)), np.float32)}
+    batch = {
+        "x": np.asarray(rng.standard_normal((8, 3)), np.float32),
+        "labels": np.arange(8, dtype=np.int32) % 2,
+        "weights": np.asarray([1] * 7 + [0], np.float32),
+    }
+    results = []
+    for parts in (1, 2, 8):
+        plan = cf.Plan((), (("w",),))
+        optimizer = make_optimizer(OptimConfig(warmup=0.0), plan, 10)
+        step = steps.make_train_step(
+            lambda small, base, batch, rng=None: batch["x"] @ small["w"], optimizer, parts
+        )
+        tree = jax.tree.map(jax.numpy.array, small)
+        state = TrainState(tree, optimizer.init(tree), jax.numpy.zeros((), int))
+        results.append(step(state, {}, batch, jax.random.key(0)))
+    for state, loss in results[1:]:
+        np.testing.assert_allclose(loss, results[0][1], rtol=1e-6)
+        np.testing.assert_allclose(state.small["w"], results[0][0].small["w"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+def test_schedules_rise_to_one_and_fall(schedule) -> None:
+    at = make_schedule(OptimConfig(schedule=schedule, warmup=0.1), 100)
+    rates = np.array([at(step) for step in range(100)])
+    assert 0 < rates[0] <= 0.2
+    np.testing.assert_allclose(rates.max(), 1.0)
+    assert (np.diff(rates[:10]) > 0).all() and (np.diff(rates[10:]) <= 1e-6).all()
+    assert (rates[-1] < 0.05) == (schedule != "constant")
+
+
+def test_learning_rates_follow_group_and_method(tiny_model) -> None:
+    _, base, _ = cf.interop.load_model(tiny_model, "sequence-classification")
+    chosen = cf.AdapterConfig(
+        method=cf.BCA(p=4), targets=("query",), train=("classifier", "pooler/dense/bias")
+    )
+    plan = cf.make_plan(base, chosen)
+    rates = make_rates(
+        OptimConfig(learning_rate=0.4, head_learning_rate=0.01),
+        plan,
+        frozenset({("bert", "pooler", "dense", "bias")}),
+    )
+    query = rates["bert"]["encoder"]["layer"]["0"]["attention"]["self"]["query"]
+    assert query["adapter"]["c"] == pytest.approx(0.1)
+    assert rates["classifier"]["kernel"] == 0.01
+    assert rates["bert"]["pooler"]["dense"]["bias"] == 0.4
+
+
+def test_regression_and_pairs(tiny_model, tmp_path) -> None:
+    rows = [f"red apple\tgreen lamp\t{i % 5}.5" for i in range(40)]
+    (tmp_path / "train.tsv").write_text("\n".join(["a\tb\tscore", *rows]) + "\n")
+    settings = [
+        *("--model.name", str(tiny_model), "--data.train", str(tmp_path / "train.tsv")),
+        *("--data.text", "a", "--data.text_pair", "b", "--data.label", "score"),
+        *("--data.regression", "true", "--optim.epochs", "1", "--data.max_length", "16"),
+        *("--run.output", str(tmp_path / "run")),
+    ]
+    summary = run(config.load(settings))
+    assert summary.metric == "pearson_spearman" and summary.test is None
+    assert "no test split" in (tmp_path / "run" / "report.md").read_text()
+
+
+def test_bfloat16_and_overrides_and_more_leaves(arguments, tmp_path) -> None:
+    overrides = '[{"pattern": ".*layer/1.*", "method": "c3a", "hyperparameters": {"b": 4}}]'
+    more = ["--model.compute_dtype", "bfloat16", "--adapter.overrides", overrides]
+    run(config.load([*arguments, *more, "--adapter.train", '["LayerNorm"]']))
+    plan = cf.load_adapters(tmp_path / "run" / "adapter").plan
+    assert {(t.path[3], t.method.name) for t in plan.targets} == {("0", "cdvft"), ("1", "c3a")}
+    assert len([path for path in plan.trained if "LayerNorm" in path]) == 10
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
+    arguments, tmp_path, capsys, monkeypatch
+) -> None:
+    arguments = [*arguments, "--run.checkpoint_every", "2"]
+    made = train_run.make_train_step
+
+    def failing(*args):
+        step = made(*args)
+
+        def wrapped(state, base, batch, rng):
+            poison = np.float32(np.nan if int(state.step) == 4 else 1)
+            return step(state, base, {**batch, "weights": batch["weights"] * poison}, rng)
+
+        return wrapped
+
+    monkeypatch.setattr(train_run, "make_train_step", failing)
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert "the loss is nan at step 5" in error and "step 4 is kept" in error
+    assert error.count("\n") == 1
+    monkeypatch.undo()
+    assert main(arguments) == 0
+
+
+def test_no_space_left_is_one_sentence(arguments, capsys, monkeypatch) -> None:
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device", "somewhere")
+
+    monkeypatch.setattr(Checkpoints, "save", full)
+    assert main(arguments) == 1
+    assert capsys.readouterr().err == "error: No space left on device (`somewhere`)\n"
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--adapter.method", "cdvtf"], "did you mean 'cdvft'"),
+        (["--adapter.targets", '["qurey"]'], "did you mean 'query'"),
+        (["--adapter.hyperparameters.q", "4"], "cdvft has no hyperparameter 'q'"),
+        (["--adapter.method", "c3a", "--adapter.hyperparameters.b", "5"], "1, 2, 4, 8, 16"),
+        (["--adapter.targets", '["word_embeddings"]'], "cannot be adapted"),
+        (["--adapter.train", '["nothing"]'], "'nothing' in `train`"),
+        (["--model.name", "missing/model"], "neither a local directory nor a Hub repository"),
+        (["--data.train", "missing.jsonl"], "missing.jsonl"),
+        (["--data.label", "colour"], "no column `colour`"),
+        (["--optim.epoch", "3"], "did you mean `optim.epochs`?"),
+        (["--run.metric", "f2"], "`run.metric` 'f2'"),
+        (["--data.max_length", "99"], "64 tokens"),
+    ],
+)
+def test_bad_input_is_one_sentence(more, message, arguments, tmp_path, capsys) -> None:
+    assert main([*arguments, *more]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and error.startswith("error: ")
+    assert not (tmp_path / "run").exists()
+
+
+def test_checkpoints_hold_what_a_run_needs(tmp_path) -> None:
+    optimizer = make_optimizer(OptimConfig(), cf.Plan((), (("w",),)), 10)
+    small = {"w": jax.numpy.arange(3.0)}
+    state = TrainState(small, optimizer.init(small), jax.numpy.asarray(7))
+    progress = Progress(1, 2, 1, {"accuracy": 0.5}, 3.5)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state, {"w": small["w"] + 1}, jax.random.key(5), progress)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.latest == 7
+        restored, best, rng, standing = checkpoints.restore(state, jax.random.key(0))
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    assert all(
+        np.array_equal(a, b)
+        for a, b in zip(flat(restored).values(), flat(state).values(), strict=True)
+    )
+    assert np.array_equal(best["w"], small["w"] + 1)
+    assert jax.random.key_data(rng).tolist() == jax.random.key_data(jax.random.key(5)).tolist()
+    assert standing == progress
+
+
+def test_training_error_is_not_a_value_error() -> None:
+    assert not issubclass(TrainingError, ValueError)
