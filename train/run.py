@@ -17,7 +17,7 @@ import circflax as cf
 from train import config as configuration
 from train import metrics, report
 from train.checkpoints import Checkpoints, Progress
-from train.config import Config, ConfigError
+from train.config import Config, ConfigError, DataConfig
 from train.data import Batches, Encoded, Split, Splits, epoch_batches, load_splits, tokenize
 from train.log import MetricsLog
 from train.optimizer import make_optimizer
@@ -80,9 +80,7 @@ def run(config: Config, console: Console | None = None) -> report.Summary:
 
     counted = cf.summarize(base, plan)
     summary = report.Summary(
-        task=config.data.task
-        or Path(config.data.train).parent.name
-        or Path(config.data.train).stem,
+        task=_task(config.data),
         model=config.model.name,
         method=config.adapter.method,
         trainable={
@@ -143,7 +141,8 @@ class _Trainer:
         init_key, rng = jax.random.split(jax.random.key(config.run.seed))
         small = cf.init_adapters(init_key, self._plan, self._base)
         state = TrainState(small, self._optimizer.init(small), jnp.zeros((), jnp.int32))
-        best, progress = small, Progress()
+        # Copies, here and below: an update donates the buffers of the state it is given.
+        best, progress = jax.tree.map(jnp.copy, small), Progress()
         with Checkpoints(directory / CHECKPOINTS) as checkpoints:
             resumed = checkpoints.latest
             if resumed is not None:
@@ -188,7 +187,6 @@ class _Trainer:
                         or result[self._metric] > progress.validation[self._metric]
                     )
                     if better:
-                        # A copy: the next update donates the state's own buffers.
                         best = jax.tree.map(jnp.copy, state.small)
                         progress = dataclasses.replace(
                             progress, best_epoch=epoch + 1, validation=result
@@ -339,6 +337,12 @@ def encode(config: Config, splits: Splits, directory: Path) -> dict[str, Encoded
         for name, part in parts.items()
         if part is not None
     }
+
+
+def _task(data: DataConfig) -> str:
+    """The GLUE task, or the name of the local files' directory, or of the file."""
+    path = Path(data.root or ".", data.train or "")
+    return data.task or path.parent.name or path.stem
 
 
 def _truncation_notes(config: Config, encoded: Mapping[str, Encoded]) -> list[str]:
