@@ -5,14 +5,17 @@ from circflax.methods._registry import METHODS, make_method, replace_hyperparame
 from circflax.methods.bca import BCA
 from circflax.methods.c3a import C3A
 from circflax.methods.cdvft import CDVFT
+from circflax.methods.presets import PRESETS, Preset
 
 __all__ = [
     "BCA",
     "C3A",
     "CDVFT",
     "METHODS",
+    "PRESETS",
     "Method",
     "Params",
+    "Preset",
     "make_method",
     "replace_hyperparameters",
 ]

@@ -1,0 +1,36 @@
+"""The configurations that ship with the application."""
+
+from pathlib import Path
+
+import pytest
+from circflax.methods import PRESETS
+
+from circflax import make_method
+from train import config
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_it_loads_and_names_a_method(path: Path) -> None:
+    settings = config.load(["--config", str(path)])
+    assert make_method(settings.adapter.method, settings.adapter.hyperparameters)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_presets_config_is_the_preset(name: str) -> None:
+    preset = PRESETS[name]
+    path = CONFIGS / "glue" / f"{name.replace('/', '_').replace('-', '_')}.yaml"
+    settings = config.load(["--config", str(path)])
+    assert (settings.model.name, settings.data.task) == (preset.model, preset.task)
+    method = make_method(settings.adapter.method, settings.adapter.hyperparameters)
+    assert method == preset.method
+    optim = settings.optim
+    assert (optim.learning_rate, optim.head_learning_rate, optim.epochs, optim.batch_size) == (
+        preset.learning_rate,
+        preset.head_learning_rate,
+        preset.epochs,
+        preset.batch_size,
+    )
+    assert (optim.schedule, optim.warmup, optim.weight_decay) == ("linear", 0.06, 0.0)
+    assert settings.data.max_length == 512
