@@ -1,0 +1,106 @@
+"""Every code block of the README runs, with local copies in place of what the Hub has."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+
+ROOT = Path(__file__).parents[1]
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
+WORDS = ["the", "a", "cat", "dog", "sat", "ran", "sentence", "its", "paraphrase", "."]
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkout beside a model and a dataset laid out as on the Hub, found by the same names."""
+    directory = tmp_path_factory.mktemp("checkout")
+    for name in ("train", "configs"):
+        shutil.copytree(ROOT / name, directory / name)
+    _write_roberta(directory / "FacebookAI" / "roberta-base")
+    _write_mrpc(directory / "nyu-mll" / "glue")
+    return directory
+
+
+def _write_roberta(directory: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import FlaxRobertaForMaskedLM, PreTrainedTokenizerFast, RobertaConfig
+
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    vocabulary = {word: i for i, word in enumerate([*special, *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_max_length=512,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        model_input_names=["input_ids", "attention_mask"],
+    ).save_pretrained(directory)
+    # The width of the real model, so that its preset's block size fits.
+    config = RobertaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=768,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=514,
+        type_vocab_size=1,
+    )
+    FlaxRobertaForMaskedLM(config).save_pretrained(directory)
+
+
+def _write_mrpc(directory: Path) -> None:
+    import datasets
+
+    rows = [f"{WORDS[i % 2]} {WORDS[2 + i % 2]} {WORDS[4 + i // 2 % 2]}" for i in range(40)]
+    columns = {"sentence1": rows, "sentence2": rows[::-1], "label": [0, 1] * 20}
+    for split in ("train", "validation", "test"):
+        file = directory / "mrpc" / f"{split}-00000-of-00001.parquet"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        datasets.Dataset.from_dict(columns).to_parquet(file)
+    (directory / "README.md").write_text(
+        "---\nconfigs:\n- config_name: mrpc\n  data_files:\n"
+        + "".join(
+            f"  - split: {split}\n    path: mrpc/{split}-*\n"
+            for split in ("train", "validation", "test")
+        )
+        + "---\n"
+    )
+
+
+def run(command: list[str], directory: Path) -> None:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    finished = subprocess.run(
+        command,
+        cwd=directory,
+        env={**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "HF_DATASETS_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+
+
+@pytest.mark.slow
+def test_every_block_in_order(checkout: Path) -> None:
+    kinds = []
+    for kind, code in BLOCKS:
+        if kind == "python":
+            run([sys.executable, "-c", code], checkout)
+        elif kind == "sh":
+            run(["sh", "-euc", code], checkout)
+        kinds.append(kind)
+    assert kinds == ["", "sh", "python", "python", "python"]
+
+
+def test_the_make_targets_exist() -> None:
+    (commands,) = [code for kind, code in BLOCKS if not kind]
+    makefile = (ROOT / "Makefile").read_text()
+    for line in commands.splitlines():
+        assert f"\n{line.removeprefix('make ')}:" in makefile
