@@ -45,39 +45,41 @@ def main(argv: list[str]) -> int:
         The exit code: 0 if the exported model's logits agree with the adapted model's.
     """
     console = Console()
-    config = configuration.load(["--config", str(CONFIG), *argv])
+    config = configuration.load(["--config", str(CONFIG), "--run.resume", "false", *argv])
     directory = Path(config.run.output)
-    shutil.rmtree(directory, ignore_errors=True)
     _heading(console, "1. Data: which module does a docstring belong to?")
     texts = collect_docstrings()
     _write(texts, Path(config.data.root))
-    console.print(f"{sum(map(len, texts.values()))} docstrings of {', '.join(texts)}")
+    _say(console, f"{sum(map(len, texts.values()))} docstrings of {', '.join(texts)}")
 
     _heading(console, "2. Baseline: logistic regression on the frozen model's features")
     baseline = frozen_accuracy(config)
-    console.print(f"test accuracy {baseline:.4f}")
+    _say(console, f"test accuracy {baseline:.4f}")
 
-    _heading(console, "3. CDVFT: diagonal and circulant factors on every query and value")
+    adapter = config.adapter
+    _heading(console, f"3. Training: {adapter.method} on {', '.join(adapter.targets)}")
     summary = run(config, console)
 
     _heading(console, "4. Merge and export to Hugging Face's layout")
     exported = directory / "merged"
+    shutil.rmtree(exported, ignore_errors=True)
     cf.interop.export_adapted(directory, exported)
     difference = export_difference(directory, exported, config)
-    console.print(f"{exported}: logits within {difference:.1e} of the adapted model's")
+    _say(console, f"{exported}: logits within {difference:.1e} of the adapted model's")
 
     adapted = cf.load_adapters(directory / "adapter")
     lora = sum(8 * (target.in_features + target.out_features) for target in adapted.plan.targets)
     count = summary.trainable["adapters"]
     _heading(console, "Result")
-    console.print(
+    _say(
+        console,
         f"test accuracy {summary.test['accuracy']:.4f}, frozen features {baseline:.4f}\n"
         f"{count:,} adapter parameters, {lora / count:.2f} times fewer than LoRA r=8 on the same"
         f" layers ({lora:,})\n"
-        f"report: {directory / 'report.md'}, curves: {directory / 'curves.png'}"
+        f"report: {directory / 'report.md'}, curves: {directory / 'curves.png'}",
     )
     if difference > 1e-4:
-        console.print("error: the exported model does not compute what the adapted one does.")
+        _say(console, "error: the exported model does not compute what the adapted one does.")
         return 1
     return 0
 
@@ -204,7 +206,11 @@ def _outputs(predict, params, encoded: Encoded, config: Config) -> np.ndarray:
 
 
 def _heading(console: Console, text: str) -> None:
-    console.print(f"\n[bold]{text}[/bold]")
+    console.print(f"\n[bold]{text}[/bold]", highlight=False)
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,12 @@ def attach(run: Callable[P, R], plan: Plan) -> Callable[P, R]:
     the layer's own scope, so `nn.scan`, `nn.remat`, `jit`, `grad` and generation loops treat them
     as they treat its kernel.
 
-    Wrap first, transform afterwards: `jax.jit(attach(model.apply, plan))`.
+    Wrap first, transform afterwards: `jax.jit(attach(model.apply, plan))`. What was traced before,
+    a function that `jax.jit` or a module that `nn.jit` has compiled, may not be traced again and
+    then ignores another plan.
+
+    A fresh adapter adds exact zeros, so that the model's outputs are the base's bit for bit; where
+    XLA fuses the adapted program differently, they are so up to its own rounding.
 
     Args:
         run: anything that calls the model: `module.apply`, a Hugging Face model or its `generate`,

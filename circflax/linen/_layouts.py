@@ -21,6 +21,9 @@ def find_layouts(run: Callable[[Tree], Any], params: Tree) -> dict[Path, Layout 
     output-first included. This is read off the layer's own program (its jaxpr), never off its
     class, its name or the kernel's shape. Nothing is computed.
 
+    A layer whose stored weights are transformed before it sees them (`nn.WeightNorm`,
+    `nn.map_variables`) looks like a plain one from inside; leave such layers out of the targets.
+
     Args:
         run: calls the model with parameters: `lambda params: model(batch, params=params)`.
         params: the model's parameters, arrays or `jax.ShapeDtypeStruct`s.
@@ -28,6 +31,9 @@ def find_layouts(run: Callable[[Tree], Any], params: Tree) -> dict[Path, Layout 
     Returns:
         For each array of two axes or more whose module was called, by its path: its layout, or in
         a few words why it cannot be adapted.
+
+    Raises:
+        ValueError: if no module was called.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -67,6 +73,11 @@ def find_layouts(run: Callable[[Tree], Any], params: Tree) -> dict[Path, Layout 
 
     with nn.intercept_methods(observe):
         jax.eval_shape(run, params)
+    if not found:
+        raise ValueError(
+            "`run` called no linen module with these parameters: give the function itself, not one"
+            " that `jax.jit` has compiled before."
+        )
     return found
 
 
@@ -138,10 +149,10 @@ _PASS_THROUGH = ("convert_element_type", "copy", "copy_p", "stop_gradient", "opt
 
 @dataclass(frozen=True)
 class _Traced:
-    """An array known to be the kernel, the input, or their product plus a bias.
+    """An array that depends on the kernel or the input: one of them, their product, or another.
 
     Attributes:
-        kind: "kernel", "x" or "y".
+        kind: "kernel", "x", "y" for their product plus at most a bias, or "other".
         axes: where each of its axes comes from.
         contracted: for a product, pairs of a kernel's axis and the input's that it contracts with.
     """
@@ -171,9 +182,11 @@ def _run(jaxpr: Jaxpr, known: dict[Var, _Traced]) -> list[_Traced | None]:
         operands = [read(atom) for atom in equation.invars]
         if not any(operands):
             continue
-        result = _equation(equation, operands)
-        if result is not None:
-            known[equation.outvars[0]] = result
+        result = None
+        if not any(traced and traced.kind == "other" for traced in operands):
+            result = _equation(equation, operands)
+        for var in equation.outvars:
+            known[var] = result or _Traced("other", ())
     return [read(atom) for atom in jaxpr.outvars]
 
 

@@ -96,11 +96,16 @@ class Method(abc.ABC):
         return sum(math.prod(shape.shape) for shape in shapes.values())
 
 
-def check_positive(**sizes: int | float | None) -> None:
-    """Raises a ValueError that names the first size that is neither None nor positive."""
-    for name, size in sizes.items():
-        if size is not None and not size > 0:
-            raise ValueError(f"`{name}` must be positive, but is {size}.")
+def check_size(name: str, size: int | None) -> None:
+    """Raises a ValueError if a size is neither None nor a positive whole number."""
+    if size is not None and not (isinstance(size, int) and size > 0):
+        raise ValueError(f"`{name}` must be a positive whole number, but is {size!r}.")
+
+
+def check_number(name: str, value: float) -> None:
+    """Raises a ValueError if a value is not a finite number."""
+    if not (isinstance(value, int | float) and math.isfinite(value)):
+        raise ValueError(f"`{name}` must be a finite number, but is {value!r}.")
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

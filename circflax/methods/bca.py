@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from circflax import ops
-from circflax.methods._method import Method, Params, check_choice, check_positive
+from circflax.methods._method import Method, Params, check_choice, check_number, check_size
 
 _INITS = ("zeros", "projection")
 
@@ -46,7 +46,8 @@ class BCA(Method):
     init_weights: str = "zeros"
 
     def __post_init__(self) -> None:
-        check_positive(p=self.p)
+        check_size("p", self.p)
+        check_number("scale", self.scale)
         check_choice("init_weights", self.init_weights, _INITS)
 
     def init(

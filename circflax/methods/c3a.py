@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from circflax import ops
-from circflax.methods._method import Method, Params, check_choice, check_positive
+from circflax.methods._method import Method, Params, check_choice, check_size
 
 _INITS = ("zeros", "xavier_uniform", "gaussian", "kaiming_uniform")
 
@@ -42,7 +42,7 @@ class C3A(Method):
     init_weights: str = "zeros"
 
     def __post_init__(self) -> None:
-        check_positive(b=self.b)
+        check_size("b", self.b)
         check_choice("init_weights", self.init_weights, _INITS)
 
     def init(

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from circflax import ops
-from circflax.methods._method import Method, Params, check_positive
+from circflax.methods._method import Method, Params, check_number, check_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,10 @@ class CDVFT(Method):
     diagonal_rate: float = 0.02
 
     def __post_init__(self) -> None:
-        check_positive(p=self.p, diagonal_rate=self.diagonal_rate)
+        check_size("p", self.p)
+        check_size("factors", self.factors)
+        check_number("alpha", self.alpha)
+        check_number("diagonal_rate", self.diagonal_rate)
         if self.factors < 3 or self.factors % 2 == 0:
             raise ValueError(
                 "CDVFT begins and ends with a diagonal and has a circulant between, so that"

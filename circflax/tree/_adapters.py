@@ -333,6 +333,8 @@ def _fold(
     for path, leaf in flatten(adapters).items():
         if ADAPTER not in path and path in leaves:
             leaves[path] = _as_in_base(path, leaf, leaves[path])
+            if not jnp.isfinite(leaves[path]).all():
+                raise ValueError(f"the trained leaf {join(path)!r} is not finite.")
     for target, adapter in adapters_by_target(adapters, plan):
         leaves[target.kernel_path] = fold(target, adapter, leaves[target.kernel_path])
     return unflatten(leaves)
@@ -351,6 +353,8 @@ def _fold_kernel(
         adapter = {name: jnp.asarray(array, dtype) for name, array in adapter.items()}
         matrix = target.layout.matrix(jnp.asarray(kernel, dtype))
         folded = target.layout.kernel(fold(adapter, matrix), target.shape)
+        # Checked in the kernel's dtype, whose range may be smaller than the computation's.
+        folded = folded.astype(kernel.dtype)
         if not jnp.isfinite(folded).all():
             raise ValueError(f"the merged kernel of {target.name!r} is not finite.")
-        return folded.astype(kernel.dtype)
+        return folded

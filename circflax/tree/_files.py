@@ -116,8 +116,10 @@ def save_adapters(
     for name, array in arrays.items():
         if not np.isfinite(array).all():
             raise ValueError(f"the adapters' array {name!r} is not finite, so nothing was saved.")
+    weights = safetensors.numpy.save(arrays, metadata={"format": _FORMAT})
     config = {
         "format": _FORMAT,
+        "weights_sha256": hashlib.sha256(weights).hexdigest(),
         "base": base,
         "fingerprint": _fingerprint(plan, flatten(params).__getitem__),
         "trained": [join(path) for path in plan.trained],
@@ -125,9 +127,8 @@ def save_adapters(
     }
     directory = FilePath(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    weights = safetensors.numpy.save(arrays, metadata={"format": _FORMAT})
-    _replace(directory / ADAPTER_WEIGHTS, weights)
-    _replace(directory / ADAPTER_CONFIG, json.dumps(config, indent=1).encode())
+    text = json.dumps(config, indent=1).encode()
+    _replace({directory / ADAPTER_WEIGHTS: weights, directory / ADAPTER_CONFIG: text})
 
 
 def load_adapters(directory: str | os.PathLike[str]) -> AdapterFile:
@@ -149,24 +150,31 @@ def load_adapters(directory: str | os.PathLike[str]) -> AdapterFile:
             raise FileNotFoundError(f"{directory} holds no adapter: {name} is missing.")
     try:
         config = json.loads((directory / ADAPTER_CONFIG).read_text())
-        found = config.get("format")
+        if (found := config.get("format")) != _FORMAT:
+            raise ValueError(
+                f"{directory / ADAPTER_CONFIG} has format {found!r}; this version reads"
+                f" {_FORMAT!r}."
+            )
         targets = tuple(_target_from_json(target) for target in config["targets"])
         plan = Plan(targets, tuple(split(name) for name in config["trained"]))
         base, digest = config["base"], config["fingerprint"]
+        weights_digest = config["weights_sha256"]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{directory / ADAPTER_CONFIG} is not a whole adapter configuration ({error!r})."
         ) from error
-    if found != _FORMAT:
-        raise ValueError(
-            f"{directory / ADAPTER_CONFIG} has format {found!r}; this version reads {_FORMAT!r}."
-        )
+    weights = (directory / ADAPTER_WEIGHTS).read_bytes()
     try:
-        arrays = safetensors.numpy.load_file(directory / ADAPTER_WEIGHTS)
+        arrays = safetensors.numpy.load(weights)
     except safetensors.SafetensorError as error:
         raise ValueError(
             f"{directory / ADAPTER_WEIGHTS} is truncated or corrupt ({error})."
         ) from error
+    if hashlib.sha256(weights).hexdigest() != weights_digest:
+        raise ValueError(
+            f"{directory / ADAPTER_WEIGHTS} is not what {ADAPTER_CONFIG} beside it was written for:"
+            " a file was changed or replaced."
+        )
     adapters = unflatten({split(name): array for name, array in arrays.items()})
     adapters_by_target(adapters, plan)
     if missing := [join(path) for path in plan.trained if join(path) not in arrays]:
@@ -195,11 +203,14 @@ def _target_from_json(data: dict[str, Any]) -> Target:
     )
 
 
-def _replace(path: FilePath, content: bytes) -> None:
-    """Writes a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
+def _replace(contents: dict[FilePath, bytes]) -> None:
+    """Writes files whole or not at all, and none of them if the disk has no room for one."""
+    temporary = {path: path.with_name(f".{path.name}.tmp") for path in contents}
     try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
+        for path, content in contents.items():
+            temporary[path].write_bytes(content)
+        for path in contents:
+            os.replace(temporary[path], path)
     finally:
-        temporary.unlink(missing_ok=True)
+        for path in temporary.values():
+            path.unlink(missing_ok=True)

@@ -31,7 +31,12 @@ def join(path: Path) -> str:
 
 def split(name: str) -> Path:
     """The path of a slash-joined name."""
-    return tuple(name.split("/"))
+    return tuple(name.split("/")) if name else ()
+
+
+def natural_order(path: Path) -> list[tuple[int, str]]:
+    """A sort key by which layer 2 comes before layer 10."""
+    return [(int(c), "") if c.isdecimal() else (-1, c) for c in path]
 
 
 def ends_with(patterns: Patterns, path: Path) -> bool:
@@ -49,12 +54,17 @@ def contains(patterns: Patterns, path: Path) -> bool:
 
 
 def layer_index(path: Path) -> int | None:
-    """The number of the layer that a module belongs to: the first one in its path, if any.
+    """The number of the layer that a module belongs to, if any.
+
+    It is the first component that is a number, or else the first that ends in one.
 
     Example:
         >>> layer_index(("encoder", "layer", "3", "query")), layer_index(("layers_11", "mlp"))
         (3, 11)
     """
+    for component in path:
+        if component.isdecimal():
+            return int(component)
     for component in path:
         if match := re.fullmatch(r"(?:.*\D)?(\d+)", component):
             return int(match[1])

@@ -23,6 +23,7 @@ from circflax.tree._paths import (
     flatten,
     join,
     layer_index,
+    natural_order,
     unflatten,
 )
 
@@ -189,7 +190,9 @@ def make_plan(params: Tree, config: AdapterConfig, layouts: Layouts | None = Non
         >>> [(target.name, target.parameter_count) for target in plan.targets]
         [('block/query', 16)]
     """
-    leaves = flatten(params)
+    # In one order, so that the same model gives the same plan however its dicts were made.
+    unordered = flatten(params)
+    leaves = {path: unordered[path] for path in sorted(unordered, key=natural_order)}
     if taken := [path for path in leaves if ADAPTER in path]:
         raise ValueError(
             f"the parameters have a leaf {join(taken[0])!r}, but the name {ADAPTER!r} is kept for"
@@ -204,6 +207,8 @@ def make_plan(params: Tree, config: AdapterConfig, layouts: Layouts | None = Non
             raise ValueError(
                 f"{target.name!r} is both a target and, by `train`, trained in full; choose one."
             )
+    if not targets and not trained:
+        raise ValueError("there is nothing to train: both `targets` and `train` are empty.")
     return Plan(tuple(targets), tuple(trained))
 
 
@@ -272,6 +277,8 @@ def _check_targets(patterns: Patterns, modules: Mapping[Path, None], layouts: La
 def _in_layers(chosen: list[Path], layers: Sequence[int] | None, layouts: Layouts) -> list[Path]:
     if layers is None:
         return chosen
+    if not layers:
+        raise ValueError("`layers` is empty; None chooses all layers.")
     for path, layout in layouts.items():
         if path[:-1] in chosen and isinstance(layout, Layout) and "layer" in layout.roles:
             raise ValueError(

@@ -63,13 +63,18 @@ class Summary:
 
     def __str__(self) -> str:
         width = max([len(row.name) for row in self.rows] + [6])
-        width = min(width, 41)
-        lines = [f"{'module':{width}}  {'method':6} {'shape':>13} {'count':>5} {'parameters':>11}"]
+        shape = max([len(row.shape) for row in self.rows] + [13])
+        sizes = max([len(f"{row.parameters:,}") for row in self.rows] + [11])
+        width = min(width, 64 - shape - sizes)
+        lines = [
+            f"{'module':{width}}  {'method':6} {'shape':>{shape}} {'count':>5}"
+            f" {'parameters':>{sizes}}"
+        ]
         for row in self.rows:
             name = row.name if len(row.name) <= width else "…" + row.name[-(width - 1) :]
             lines.append(
-                f"{name:{width}}  {row.method:6} {row.shape:>13} {row.count:>5}"
-                f" {row.parameters:>11,}"
+                f"{name:{width}}  {row.method:6} {row.shape:>{shape}} {row.count:>5}"
+                f" {row.parameters:>{sizes},}"
             )
         lines.append("")
         lines.append(
@@ -143,7 +148,7 @@ def human_bytes(size: int) -> str:
         '90.9 MB'
     """
     for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
+        if size < 999.5:
             return f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:.3g} TB"

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
-from circflax.methods import PRESETS
 
 from circflax import make_method
+from circflax.methods import PRESETS
 from train import config
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -1,0 +1,199 @@
+"""Adapters from file to merged model: Flax with adapters, Flax merged and PyTorch agree."""
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+import circflax as cf
+from circflax.cli import main
+from circflax.interop._checkpoint import read_tensors
+from tests.architectures import ARCHITECTURES, Architecture, architecture
+
+oracle = pytest.importorskip("tests.interop.oracle", exc_type=ImportError)
+
+METHODS = {"cdvft": cf.CDVFT(), "c3a": cf.C3A(b=4), "bca": cf.BCA(p=8)}
+
+
+def adapted(base: Path, entry: Architecture, directory: Path, method: cf.Method, train=()):
+    """Random adapters for a checkpoint, saved as a run saves them."""
+    model, params, report = cf.interop.load_model(base, entry.head)
+    layouts = cf.linen.find_layouts(lambda p: model(**entry.inputs(), params=p), params)
+    chosen = cf.AdapterConfig(method=method, targets=entry.targets, train=train)
+    plan = cf.make_plan(params, chosen, layouts)
+    adapters = cf.init_adapters(jax.random.key(0), plan, params)
+    rng = np.random.default_rng(0)
+    adapters = jax.tree.map(
+        lambda a: a + 0.05 * rng.standard_normal(a.shape).astype(a.dtype), adapters
+    )
+    cf.save_adapters(directory, adapters, plan, params, base=str(base))
+    model.config.architectures = [entry.torch_class]
+    model.config.save_pretrained(directory)
+    run = cf.linen.attach(model, plan)
+    logits = oracle.flax_logits(run, cf.combine(params, adapters), entry)
+    return SimpleNamespace(
+        model=model, params=params, plan=plan, adapters=adapters, logits=logits, report=report
+    )
+
+
+@pytest.mark.parametrize(
+    ("entry", "name"),
+    [
+        pytest.param(
+            entry, name, marks=() if i % 3 == j else pytest.mark.slow, id=f"{entry}-{name}"
+        )
+        for i, entry in enumerate(ARCHITECTURES)
+        for j, name in enumerate(METHODS)
+    ],
+)
+def test_exported_in_pytorch_is_adapted_in_flax(checkpoint, tmp_path, entry, name) -> None:
+    base = checkpoint(entry.id)
+    flax = adapted(base, entry, tmp_path / "adapter", METHODS[name])
+    cf.interop.export_adapted(tmp_path / "adapter", tmp_path / "merged")
+    merged = oracle.reload(entry, tmp_path / "merged")
+    oracle.assert_close(oracle.torch_logits(merged, entry), flax.logits)
+    before, after = read_tensors(base), read_tensors(tmp_path / "merged")
+    assert set(before) == set(after)
+    changed = [n for n in before if before[n].data().tobytes() != after[n].data().tobytes()]
+    assert len(changed) == len(flax.plan.targets)
+
+
+@pytest.fixture
+def bert(checkpoint, tmp_path):
+    entry = architecture("bert")
+    flax = adapted(checkpoint("bert"), entry, tmp_path / "adapter", cf.CDVFT(), ("LayerNorm",))
+    return SimpleNamespace(entry=entry, base=checkpoint("bert"), **vars(flax))
+
+
+def test_loaded_again_it_computes_the_same(bert, tmp_path) -> None:
+    loaded = cf.interop.load_adapted(tmp_path / "adapter")
+    assert loaded.file.plan == bert.plan
+    run = cf.linen.attach(loaded.model, loaded.file.plan)
+    both = cf.combine(loaded.params, loaded.file.adapters)
+    assert np.array_equal(oracle.flax_logits(run, both, bert.entry), bert.logits)
+
+
+def test_a_merged_checkpoint_for_orbax(bert, tmp_path, capsys) -> None:
+    assert main(["merge", str(tmp_path / "adapter"), str(tmp_path / "merged"), "--float64"]) == 0
+    with ocp.StandardCheckpointer() as checkpointer:
+        merged = checkpointer.restore(tmp_path / "merged")
+    oracle.assert_close(oracle.flax_logits(bert.model, merged, bert.entry), bert.logits)
+    assert "merged parameters" in capsys.readouterr().out
+
+
+def test_export_in_shards_loads_everywhere(bert, tmp_path) -> None:
+    arguments = ["export", str(tmp_path / "adapter"), str(tmp_path / "merged")]
+    assert main([*arguments, "--max-shard-size", "20KB"]) == 0
+    assert len(list((tmp_path / "merged").glob("*.safetensors"))) > 2
+    logits = oracle.torch_logits(oracle.reload(bert.entry, tmp_path / "merged"), bert.entry)
+    oracle.assert_close(logits, bert.logits)
+    model, params, _ = cf.interop.load_model(tmp_path / "merged", bert.entry.head)
+    oracle.assert_close(oracle.flax_logits(model, params, bert.entry), bert.logits)
+
+
+def test_a_new_head_is_exported_with_its_classes(checkpoint, tmp_path) -> None:
+    entry = architecture("bert")
+    headless = oracle.torch_model(entry, torch_class="BertModel")
+    base = oracle.save(headless, tmp_path / "base")
+    names = {0: "no", 1: "yes", 2: "perhaps"}
+    config = {"num_labels": 3, "id2label": names, "label2id": {n: i for i, n in names.items()}}
+    model, params, report = cf.interop.load_model(base, entry.head, config=config)
+    train = tuple("/".join(path) for path in report.initialised)
+    plan = cf.make_plan(params, cf.AdapterConfig(method=cf.C3A(), targets=("query",), train=train))
+    adapters = cf.init_adapters(jax.random.key(0), plan, params)
+    cf.save_adapters(tmp_path / "adapter", adapters, plan, params, base=str(base))
+    model.config.architectures = ["BertForSequenceClassification"]
+    model.config.save_pretrained(tmp_path / "adapter")
+    cf.interop.export_adapted(tmp_path / "adapter", tmp_path / "merged")
+    merged = oracle.reload(entry, tmp_path / "merged")
+    assert merged.config.id2label == names
+    expected = oracle.flax_logits(model, params, entry)
+    oracle.assert_close(oracle.torch_logits(merged, entry), expected)
+
+
+def test_inspect_fits_a_terminal(bert, tmp_path, capsys) -> None:
+    assert main(["inspect", str(tmp_path / "adapter")]) == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines()[:5])) <= 80
+    assert f"{len(bert.plan.targets)} layers" in out and "CDVFT(" in out
+    assert "bert/encoder/layer/0/attention/self/query" in out
+
+
+def damage(directory: Path, what: str) -> None:
+    weights, config = directory / "adapter_model.safetensors", directory / "adapter_config.json"
+    match what:
+        case "truncated":
+            weights.write_bytes(weights.read_bytes()[:-40])
+        case "corrupt":
+            weights.write_bytes(b"\xff" * 64)
+        case "no weights":
+            weights.unlink()
+        case "no configuration":
+            (directory / "config.json").unlink()
+        case "half a configuration":
+            config.write_text(config.read_text()[:200])
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("truncated", "truncated or corrupt"),
+        ("corrupt", "truncated or corrupt"),
+        ("no weights", "adapter_model.safetensors is missing"),
+        ("no configuration", "no whole `config.json`"),
+        ("half a configuration", "not a whole adapter configuration"),
+    ],
+)
+def test_damaged_adapters_are_refused(what, message, bert, tmp_path, capsys) -> None:
+    damage(tmp_path / "adapter", what)
+    for command in ("export", "merge"):
+        assert main([command, str(tmp_path / "adapter"), str(tmp_path / "merged")]) != 0
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "merged").exists()
+
+
+def test_adapters_for_another_base_are_refused(bert, tmp_path, capsys) -> None:
+    other = oracle.torch_model(bert.entry)
+    with oracle.torch.no_grad():
+        other.bert.encoder.layer[0].attention.self.query.weight.mul_(1.5)
+    oracle.save(other, tmp_path / "other")
+    arguments = ["export", str(tmp_path / "adapter"), str(tmp_path / "merged")]
+    assert main([*arguments, "--base", str(tmp_path / "other")]) == 2
+    assert "trained on another base model" in capsys.readouterr().err
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_result_that_is_not_finite_is_refused(bert, tmp_path, capsys) -> None:
+    huge = jax.tree.map(lambda a: np.full(a.shape, 3e38, a.dtype), bert.adapters)
+    cf.save_adapters(tmp_path / "adapter", huge, bert.plan, bert.params, base=str(bert.base))
+    for command in ("export", "merge"):
+        assert main([command, str(tmp_path / "adapter"), str(tmp_path / "merged")]) == 2
+        assert "not finite" in capsys.readouterr().err
+    assert not (tmp_path / "merged").exists()
+
+
+def test_an_existing_output_is_left_alone(bert, tmp_path, capsys) -> None:
+    output = tmp_path / "merged"
+    output.mkdir()
+    (output / "precious").write_text("kept")
+    for command in ("export", "merge"):
+        assert main([command, str(tmp_path / "adapter"), str(output)]) == 2
+        assert "exists" in capsys.readouterr().err
+    assert (output / "precious").read_text() == "kept"
+
+
+def test_a_base_without_a_name_must_be_given(bert, tmp_path, capsys) -> None:
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base": None}))
+    arguments = ["export", str(tmp_path / "adapter"), str(tmp_path / "merged")]
+    assert main(arguments) == 2
+    assert "does not name its base model" in capsys.readouterr().err
+    moved = tmp_path / "moved"
+    shutil.copytree(bert.base, moved)
+    assert main([*arguments, "--base", str(moved)]) == 0

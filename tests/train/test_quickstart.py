@@ -1,0 +1,36 @@
+"""The quickstart: its data anywhere, and the whole of it where its model is at hand."""
+
+from pathlib import Path
+
+import pytest
+
+from train import quickstart
+
+MODEL = Path(__file__).parents[2] / ".cache" / "minilm"
+
+
+def test_docstrings_are_many_distinct_and_always_the_same() -> None:
+    texts = quickstart.collect_docstrings()
+    assert len(texts) == quickstart.MODULES >= 16
+    assert all(40 <= len(of_module) <= quickstart.MOST for of_module in texts.values())
+    everything = [text for of_module in texts.values() for text in of_module]
+    assert len(set(everything)) == len(everything) > 1500
+    assert texts == quickstart.collect_docstrings()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not MODEL.is_dir(), reason=f"{MODEL} is missing: `make quickstart` fetches it")
+def test_the_whole_way_on_a_few_examples(tmp_path, capsys) -> None:
+    settings = {
+        "model.name": MODEL,
+        "data.root": tmp_path / "run" / "data",
+        "data.buckets": [64],
+        "data.max_train_examples": 64,
+        "optim.epochs": 1,
+        "run.output": tmp_path / "run",
+    }
+    arguments = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+    assert quickstart.main(arguments) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "13,824 adapter parameters, 5.33 times fewer than LoRA" in out
+    assert "logits within" in out
