@@ -8,7 +8,11 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from circflax.tree import check_room
 from train.steps import TrainState
+
+# What a checkpoint takes besides its arrays, generously.
+_ROOM = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,9 @@ class Checkpoints:
         Args:
             directory: Where they are; made if it is missing.
         """
-        options = ocp.CheckpointManagerOptions(max_to_keep=1)
+        # Small trees are written at once, so that what goes wrong is known before the next step.
+        options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
+        self._directory = directory
         self._manager = ocp.CheckpointManager(directory.resolve(), options=options)
 
     def __enter__(self) -> "Checkpoints":
@@ -64,21 +70,25 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, state: TrainState, best: Any, rng: jax.Array, progress: Progress) -> None:
-        """Saves a state, in the background; the checkpoint before it goes when this one is whole.
+        """Saves a state; the checkpoint before it goes when this one is whole.
 
         Args:
             state: The state.
             best: The small tree of the best epoch so far.
             rng: Key that dropout's keys are made from.
             progress: Where the run stands.
+
+        Raises:
+            OSError: If the disk has no room for it; the checkpoint before it stays.
         """
         arrays = {"state": state._asdict(), "best": best, "rng": jax.random.key_data(rng)}
-        self._manager.save(
-            int(state.step),
-            args=ocp.args.Composite(
-                arrays=ocp.args.StandardSave(arrays), progress=ocp.args.JsonSave(asdict(progress))
-            ),
+        items = ocp.args.Composite(
+            arrays=ocp.args.StandardSave(arrays), progress=ocp.args.JsonSave(asdict(progress))
         )
+        step = int(state.step)
+        needed = _ROOM + 2 * sum(array.nbytes for array in jax.tree.leaves(arrays))
+        check_room(self._directory, needed, f"the checkpoint of step {step}")
+        self._manager.save(step, args=items)
 
     def restore(
         self, state: TrainState, rng: jax.Array

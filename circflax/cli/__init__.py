@@ -85,6 +85,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
 
 def _merge(arguments: argparse.Namespace) -> None:
+    import jax
     import orbax.checkpoint as ocp
 
     import circflax as cf
@@ -92,10 +93,13 @@ def _merge(arguments: argparse.Namespace) -> None:
     output = Path(arguments.output).resolve()
     if output.exists():
         raise ValueError(f"`{output}` exists already; choose another directory.")
+    output.parent.mkdir(parents=True, exist_ok=True)
     adapted = cf.interop.load_adapted(arguments.adapter, arguments.base)
     merged = cf.merge(
         adapted.params, adapted.file.adapters, adapted.file.plan, dtype=_dtype(arguments)
     )
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(merged))
+    cf.tree.check_room(output.parent, size, "the merged checkpoint")
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(output, merged)
     print(f"merged parameters: {output}")

@@ -9,6 +9,9 @@ import jax.numpy as jnp
 Convention = Literal["column", "row"]
 """Whether a vector is the first column or the first row of its circulant matrix."""
 
+# From here on matrix products contract spectra faster than sums do, on CPU.
+_MANY_BLOCKS = 8
+
 
 @partial(jax.jit, static_argnames="convention")
 def circulant_product(
@@ -177,8 +180,9 @@ def plain_product(
 
 def _contract_blocks(kernel: jax.Array, x: jax.Array) -> jax.Array:
     """Contracts spectra `(o, i, f)` and `(..., i, f)` over the blocks `i` to `(..., o, f)`."""
-    if kernel.shape[:2] == (1, 1):
-        return kernel[0] * x
+    if min(kernel.shape[:2]) < _MANY_BLOCKS:
+        # XLA fuses product and sum: nothing of size tokens x o x i is made.
+        return jnp.sum(kernel * x[..., None, :, :], axis=-2)
     # One real matrix product per frequency: XLA has no fast complex batched product on CPU.
     real, imag = kernel.real.transpose(2, 1, 0), kernel.imag.transpose(2, 1, 0)
     stacked_kernel = jnp.block([[real, imag], [-imag, real]])

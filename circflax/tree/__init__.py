@@ -11,7 +11,7 @@ from circflax.tree._adapters import (
     switch_off,
     unmerge,
 )
-from circflax.tree._files import AdapterFile, load_adapters, save_adapters
+from circflax.tree._files import AdapterFile, check_room, load_adapters, save_adapters
 from circflax.tree._layout import Layout
 from circflax.tree._paths import Path, Patterns, Tree
 from circflax.tree._plan import ADAPTER, AdapterConfig, Layouts, Plan, Target, make_plan
@@ -30,6 +30,7 @@ __all__ = [
     "Summary",
     "Target",
     "Tree",
+    "check_room",
     "combine",
     "dense_delta",
     "init_adapters",

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path as FilePath
@@ -180,6 +181,21 @@ def load_adapters(directory: str | os.PathLike[str]) -> AdapterFile:
     if missing := [join(path) for path in plan.trained if join(path) not in arrays]:
         raise ValueError(f"{directory / ADAPTER_WEIGHTS} lacks {missing[0]!r}, trained in full.")
     return AdapterFile(adapters, plan, base, digest)
+
+
+def check_room(directory: FilePath, needed: int, what: str) -> None:
+    """Raises an OSError if a disk has no room, before a library reports that in pages.
+
+    Args:
+        directory: where to write; it exists.
+        needed: bytes.
+        what: what is to be written, for the message.
+    """
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise OSError(
+            f"{what} needs {needed:,} bytes in `{directory}`, and {free:,} are left on the disk."
+        )
 
 
 def _target_to_json(target: Target) -> dict[str, Any]:

@@ -178,6 +178,14 @@ def test_a_result_that_is_not_finite_is_refused(bert, tmp_path, capsys) -> None:
     assert not (tmp_path / "merged").exists()
 
 
+def test_a_full_disk_is_one_sentence(bert, tmp_path, capsys, monkeypatch) -> None:
+    room = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: room._replace(free=10))
+    assert main(["merge", str(tmp_path / "adapter"), str(tmp_path / "merged")]) == 1
+    assert "the merged checkpoint needs" in capsys.readouterr().err
+    assert not (tmp_path / "merged").exists()
+
+
 def test_an_existing_output_is_left_alone(bert, tmp_path, capsys) -> None:
     output = tmp_path / "merged"
     output.mkdir()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -219,13 +220,23 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
     assert main(arguments) == 0
 
 
-def test_no_space_left_is_one_sentence(arguments, capsys, monkeypatch) -> None:
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device", "somewhere")
-
-    monkeypatch.setattr(Checkpoints, "save", full)
+def test_no_space_left_is_one_sentence_and_loses_nothing(
+    arguments, tmp_path, capsys, monkeypatch
+) -> None:
+    assert main([*arguments, "--run.output", str(tmp_path / "whole")]) == 0
+    room = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(
+        shutil,
+        "disk_usage",
+        lambda path: room._replace(free=1000 if (Path(path) / "6").exists() else 1 << 30),
+    )
     assert main(arguments) == 1
-    assert capsys.readouterr().err == "error: No space left on device (`somewhere`)\n"
+    error = capsys.readouterr().err
+    assert "checkpoint of step 12" in error and "1,000 are left" in error
+    assert error.count("\n") == 1
+    monkeypatch.undo()
+    assert main(arguments) == 0
+    assert finished(tmp_path / "run") == finished(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(
