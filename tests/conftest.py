@@ -7,6 +7,9 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# The application switches PyTorch off for its process; here it is the oracle.
+os.environ.setdefault("USE_TORCH", "AUTO")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 # Many tests compile the same programs, in several processes.
 jax.config.update(
