@@ -1,6 +1,7 @@
 """Progress on screen: a live bar in a terminal, now and then a plain line elsewhere."""
 
 import time
+from statistics import median
 from types import TracebackType
 
 from rich.console import Console
@@ -26,9 +27,10 @@ class TrainingProgress:
             every_seconds: Shortest time between plain lines.
         """
         self._console = console or Console()
-        self._total, self._start, self._every = total, start, every_seconds
-        self._began = self._printed = time.monotonic()
+        self._total, self._every = total, every_seconds
+        self._began = self._printed = self._updated = time.monotonic()
         self._tokens = 0
+        self._seconds: list[float] = []
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
@@ -40,7 +42,7 @@ class TrainingProgress:
         self._task = self._bar.add_task("train", total=total, completed=start, loss="-", speed="-")
 
     def __enter__(self) -> "TrainingProgress":
-        self._began = self._printed = time.monotonic()
+        self._began = self._printed = self._updated = time.monotonic()
         if self._console.is_terminal:
             self._bar.start()
         return self
@@ -63,6 +65,8 @@ class TrainingProgress:
             tokens: Tokens computed since the last update.
         """
         now = time.monotonic()
+        self._seconds.append(now - self._updated)
+        self._updated = now
         self._tokens += tokens
         elapsed = max(now - self._began, 1e-9)
         shown = {"loss": f"{loss:.4f}", "speed": f"{self._tokens / elapsed:,.0f}"}
@@ -70,7 +74,8 @@ class TrainingProgress:
             self._bar.update(self._task, completed=step, **shown)
         elif now - self._printed >= self._every or step == self._total:
             self._printed = now
-            left = elapsed / max(step - self._start, 1) * (self._total - step)
+            # The median, since a few steps take long: those that compile a program.
+            left = median(self._seconds) * (self._total - step)
             line = f"step {step}/{self._total}  loss {shown['loss']}  {shown['speed']} tokens/s"
             self.say(f"{line}  {duration(left)} left")
 
