@@ -10,7 +10,8 @@ os.environ.setdefault("USE_TF", "0")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 from train import config
-from train.run import TrainingError, run
+from train.run import run
+from train.trainer import TrainingError
 
 
 def main(argv: list[str]) -> int:

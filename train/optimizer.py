@@ -4,10 +4,10 @@ from typing import Any
 
 import jax
 import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from circflax import Plan
 from circflax.tree import Path
-from circflax.tree._paths import flatten, unflatten
 from train.config import OptimConfig
 
 
@@ -47,10 +47,10 @@ def make_rates(config: OptimConfig, plan: Plan, fast: frozenset[Path]) -> dict[s
         A tree of numbers like the small tree.
     """
     rates = {}
-    for path, factor in flatten(plan.learning_rates()).items():
+    for path, factor in flatten_dict(plan.learning_rates()).items():
         head = path in plan.trained and path not in fast
         rates[path] = factor * (config.head_learning_rate if head else config.learning_rate)
-    return unflatten(rates)
+    return unflatten_dict(rates)
 
 
 def make_optimizer(

@@ -2,36 +2,24 @@
 
 import dataclasses
 import os
-import shutil
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from rich.console import Console
 
 import circflax as cf
 from train import config as configuration
 from train import metrics, report
-from train.checkpoints import Checkpoints, Progress
 from train.config import Config, ConfigError, DataConfig
-from train.data import Batches, Encoded, Split, Splits, epoch_batches, load_splits, tokenize
-from train.log import MetricsLog
-from train.optimizer import make_optimizer
-from train.progress import TrainingProgress
-from train.steps import TrainState, losses, make_forward, make_train_step
+from train.data import Encoded, Split, Splits, load_splits, tokenize
+from train.trainer import Trainer
 
 if TYPE_CHECKING:
     from transformers import FlaxPreTrainedModel
 
-CONFIG, ADAPTER, CHECKPOINTS = "config.yaml", "adapter", "checkpoints"
-
-
-class TrainingError(RuntimeError):
-    """A run that cannot go on; the message is one sentence."""
+CONFIG, ADAPTER = "config.yaml", "adapter"
 
 
 def run(config: Config, console: Console | None = None) -> report.Summary:
@@ -66,7 +54,7 @@ def run(config: Config, console: Console | None = None) -> report.Summary:
 
     directory.mkdir(parents=True, exist_ok=True)
     configuration.save(config, directory / CONFIG)
-    trainer = _Trainer(config, model, base, plan, loaded.initialised, encoded, metric)
+    trainer = Trainer(config, model, base, plan, loaded.initialised, encoded, metric)
     best, progress = trainer.train(directory, console)
     test = trainer.evaluate(best, encoded["test"])[0] if "test" in encoded else None
 
@@ -99,157 +87,6 @@ def run(config: Config, console: Console | None = None) -> report.Summary:
     report.write(directory, summary)
     report.show(summary, console)
     return summary
-
-
-class _Trainer:
-    """The compiled functions of a run and the loop around them."""
-
-    def __init__(
-        self,
-        config: Config,
-        model: "FlaxPreTrainedModel",
-        base: Any,
-        plan: cf.Plan,
-        head: tuple[tuple[str, ...], ...],
-        encoded: Mapping[str, Encoded],
-        metric: str,
-    ) -> None:
-        self._config, self._plan, self._base, self._metric = config, plan, base, metric
-        self._encoded = encoded
-        self._steps_per_epoch = len(self._batches(0))
-        self._total = config.optim.epochs * self._steps_per_epoch
-        fast = frozenset(plan.trained) - set(head) if config.adapter.method == "full" else ()
-        self._optimizer = make_optimizer(config.optim, plan, self._total, frozenset(fast))
-        forward = make_forward(model, plan)
-        self._train_step = make_train_step(
-            forward, self._optimizer, config.optim.accumulation_steps
-        )
-        self._predict = jax.jit(forward)
-        self._finite = jax.jit(
-            lambda tree: jnp.all(jnp.stack([jnp.isfinite(a).all() for a in jax.tree.leaves(tree)]))
-        )
-
-    def train(self, directory: Path, console: Console) -> tuple[Any, Progress]:
-        """Runs to the last step, from the last checkpoint if there is one.
-
-        Returns:
-            The small tree of the best epoch and where the run stands.
-        """
-        config = self._config
-        if not config.run.resume:
-            shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
-        init_key, rng = jax.random.split(jax.random.key(config.run.seed))
-        small = cf.init_adapters(init_key, self._plan, self._base)
-        state = TrainState(small, self._optimizer.init(small), jnp.zeros((), jnp.int32))
-        # Copies, here and below: an update donates the buffers of the state it is given.
-        best, progress = jax.tree.map(jnp.copy, small), Progress()
-        with Checkpoints(directory / CHECKPOINTS) as checkpoints:
-            resumed = checkpoints.latest
-            if resumed is not None:
-                state, best, rng, progress = checkpoints.restore(state, rng)
-            step = int(state.step)
-            with (
-                MetricsLog(directory, resumed) as log,
-                TrainingProgress(self._total, step, console) as bar,
-            ):
-                if resumed is not None:
-                    bar.say(f"resumed from step {step} of {self._total}")
-                clock = time.monotonic() - progress.seconds
-                while step < self._total:
-                    epoch, start = divmod(step, self._steps_per_epoch)
-                    for batch in self._batches(epoch)[start:]:
-                        state, loss = self._train_step(state, self._base, batch, rng)
-                        step += 1
-                        self._check_loss(float(loss), step, checkpoints)
-                        log.append(step=step, epoch=epoch + 1, split="train", loss=float(loss))
-                        bar.update(step, float(loss), int(batch["attention_mask"].sum()))
-                        every = config.run.checkpoint_every
-                        if every and step % every == 0 and step % self._steps_per_epoch:
-                            progress = dataclasses.replace(
-                                progress,
-                                epoch=epoch,
-                                batch=step % self._steps_per_epoch,
-                                seconds=time.monotonic() - clock,
-                            )
-                            self._save(checkpoints, log, state, best, rng, progress)
-                    result, validation_loss = self.evaluate(
-                        state.small, self._encoded["validation"]
-                    )
-                    log.append(
-                        step=step,
-                        epoch=epoch + 1,
-                        split="validation",
-                        loss=validation_loss,
-                        **result,
-                    )
-                    better = (
-                        not progress.best_epoch
-                        or result[self._metric] > progress.validation[self._metric]
-                    )
-                    if better:
-                        best = jax.tree.map(jnp.copy, state.small)
-                        progress = dataclasses.replace(
-                            progress, best_epoch=epoch + 1, validation=result
-                        )
-                    bar.say(
-                        f"epoch {epoch + 1}/{config.optim.epochs}  validation"
-                        f" {self._metric} {result[self._metric]:.4f}  loss {validation_loss:.4f}"
-                        + ("  (best)" if better else "")
-                    )
-                    progress = dataclasses.replace(
-                        progress, epoch=epoch + 1, batch=0, seconds=time.monotonic() - clock
-                    )
-                    self._save(checkpoints, log, state, best, rng, progress)
-        return best, progress
-
-    def evaluate(self, small: Any, encoded: Encoded) -> tuple[dict[str, float], float]:
-        """Metrics and mean loss of a small tree on a split."""
-        batches = epoch_batches(
-            encoded,
-            batch_size=self._config.optim.eval_batch_size,
-            buckets=self._config.data.bucket_lengths,
-            shuffle=False,
-        )
-        outputs = [np.asarray(self._predict(small, self._base, batch)) for batch in batches]
-        logits = batches.in_order(outputs)
-        result = metrics.compute(logits, encoded.labels)
-        return result, float(np.mean(losses(jnp.asarray(logits), jnp.asarray(encoded.labels))))
-
-    def _batches(self, epoch: int) -> Batches:
-        return epoch_batches(
-            self._encoded["train"],
-            batch_size=self._config.optim.batch_size,
-            buckets=self._config.data.bucket_lengths,
-            seed=self._config.run.seed,
-            epoch=epoch,
-        )
-
-    def _check_loss(self, loss: float, step: int, checkpoints: Checkpoints) -> None:
-        if not np.isfinite(loss):
-            raise TrainingError(f"the loss is {loss} at step {step}; {_kept(checkpoints)}")
-
-    def _save(
-        self,
-        checkpoints: Checkpoints,
-        log: MetricsLog,
-        state: TrainState,
-        best: Any,
-        rng: jax.Array,
-        progress: Progress,
-    ) -> None:
-        # A finite loss can still have given an update that is not.
-        if not self._finite(state.small):
-            raise TrainingError(
-                f"the adapters are not finite after step {int(state.step)}; {_kept(checkpoints)}"
-            )
-        log.sync()
-        checkpoints.save(state, best, rng, progress)
-
-
-def _kept(checkpoints: Checkpoints) -> str:
-    latest = checkpoints.latest
-    kept = "there is no checkpoint yet" if latest is None else f"the one of step {latest} is kept"
-    return f"a lower `optim.learning_rate` may help, and {kept}."
 
 
 def _check_directory(config: Config, directory: Path) -> None:

@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 
 import circflax as cf
-from train import config, steps
-from train import run as train_run
+from train import config, steps, trainer
 from train.__main__ import main
 from train.checkpoints import Checkpoints, Progress
 from train.config import OptimConfig
 from train.optimizer import make_optimizer, make_rates, make_schedule
-from train.run import TrainingError, run
+from train.run import run
 from train.steps import TrainState
+from train.trainer import TrainingError
 
 METHODS = ("cdvft", "c3a", "bca", "full", "none")
 
@@ -200,7 +200,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
     arguments, tmp_path, capsys, monkeypatch
 ) -> None:
     arguments = [*arguments, "--run.checkpoint_every", "2"]
-    made = train_run.make_train_step
+    made = trainer.make_train_step
 
     def failing(*args):
         step = made(*args)
@@ -211,7 +211,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
 
         return wrapped
 
-    monkeypatch.setattr(train_run, "make_train_step", failing)
+    monkeypatch.setattr(trainer, "make_train_step", failing)
     assert main(arguments) == 1
     error = capsys.readouterr().err
     assert "the loss is nan at step 5" in error and "step 4 is kept" in error

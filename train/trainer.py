@@ -1,0 +1,222 @@
+"""The training loop: updates, an evaluation each epoch, checkpoints."""
+
+import dataclasses
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+
+import circflax as cf
+from circflax.tree import Path as LeafPath
+from train import metrics
+from train.checkpoints import Checkpoints, Progress
+from train.config import Config
+from train.data import Batches, Encoded, epoch_batches
+from train.log import MetricsLog
+from train.optimizer import make_optimizer
+from train.progress import TrainingProgress
+from train.steps import TrainState, losses, make_forward, make_train_step
+
+if TYPE_CHECKING:
+    from transformers import FlaxPreTrainedModel
+
+CHECKPOINTS = "checkpoints"
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot go on; the message is one sentence."""
+
+
+@dataclass
+class _Run:
+    """All that changes during a run, and that a checkpoint holds."""
+
+    state: TrainState
+    best: Any
+    rng: jax.Array
+    progress: Progress
+
+
+@dataclass(frozen=True)
+class _Outlets:
+    """Where a run writes to."""
+
+    checkpoints: Checkpoints
+    log: MetricsLog
+    bar: TrainingProgress
+    began: float
+
+
+class Trainer:
+    """The compiled functions of a run and the loop around them."""
+
+    def __init__(
+        self,
+        config: Config,
+        model: "FlaxPreTrainedModel",
+        base: Any,
+        plan: cf.Plan,
+        head: tuple[LeafPath, ...],
+        encoded: Mapping[str, Encoded],
+        metric: str,
+    ) -> None:
+        """Prepares a run; nothing is compiled or written yet.
+
+        Args:
+            config: The settings.
+            model: A Flax model of transformers with a classification head.
+            base: Its frozen parameters.
+            plan: The adapters and the leaves trained in full.
+            head: The leaves that the checkpoint did not have.
+            encoded: The examples of each split.
+            metric: The validation metric that chooses the best epoch.
+        """
+        self._config, self._plan, self._base, self._metric = config, plan, base, metric
+        self._encoded = encoded
+        self._steps_per_epoch = len(self._batches(0))
+        self._total = config.optim.epochs * self._steps_per_epoch
+        full = config.adapter.method == "full"
+        fast = frozenset(plan.trained) - frozenset(head) if full else frozenset()
+        self._optimizer = make_optimizer(config.optim, plan, self._total, fast)
+        forward = make_forward(model, plan)
+        self._train_step = make_train_step(
+            forward, self._optimizer, config.optim.accumulation_steps
+        )
+        self._predict = jax.jit(forward)
+        self._finite = jax.jit(
+            lambda tree: jnp.all(jnp.stack([jnp.isfinite(a).all() for a in jax.tree.leaves(tree)]))
+        )
+
+    def train(self, directory: Path, console: Console) -> tuple[Any, Progress]:
+        """Runs to the last step, from the last checkpoint if there is one.
+
+        Args:
+            directory: The run's directory.
+            console: Where to write.
+
+        Returns:
+            The small tree of the best epoch, and where the run stands.
+
+        Raises:
+            TrainingError: If the loss or the small tree is no longer finite.
+            OSError: If a file cannot be written.
+        """
+        if not self._config.run.resume:
+            shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
+        with Checkpoints(directory / CHECKPOINTS) as checkpoints:
+            resumed = checkpoints.latest
+            run = self._begin(checkpoints)
+            step = int(run.state.step)
+            with (
+                MetricsLog(directory, resumed) as log,
+                TrainingProgress(self._total, step, console) as bar,
+            ):
+                if resumed is not None:
+                    bar.say(f"resumed from step {step} of {self._total}")
+                began = time.monotonic() - run.progress.seconds
+                outlets = _Outlets(checkpoints, log, bar, began)
+                for epoch in range(step // self._steps_per_epoch, self._config.optim.epochs):
+                    self._train_epoch(run, epoch, outlets)
+                    self._close_epoch(run, epoch, outlets)
+        return run.best, run.progress
+
+    def evaluate(self, small: Any, encoded: Encoded) -> tuple[dict[str, float], float]:
+        """Predicts a split.
+
+        Args:
+            small: A small tree.
+            encoded: The examples.
+
+        Returns:
+            The metrics and the mean loss.
+        """
+        batches = epoch_batches(
+            encoded,
+            batch_size=self._config.optim.eval_batch_size,
+            buckets=self._config.data.bucket_lengths,
+            shuffle=False,
+        )
+        outputs = [np.asarray(self._predict(small, self._base, batch)) for batch in batches]
+        logits = batches.in_order(outputs)
+        result = metrics.compute(logits, encoded.labels)
+        return result, float(np.mean(losses(jnp.asarray(logits), jnp.asarray(encoded.labels))))
+
+    def _begin(self, checkpoints: Checkpoints) -> _Run:
+        init_key, rng = jax.random.split(jax.random.key(self._config.run.seed))
+        small = cf.init_adapters(init_key, self._plan, self._base)
+        state = TrainState(small, self._optimizer.init(small), jnp.zeros((), jnp.int32))
+        if checkpoints.latest is not None:
+            return _Run(*checkpoints.restore(state, rng))
+        # A copy, here and below: an update donates the buffers of the state it is given.
+        return _Run(state, jax.tree.map(jnp.copy, small), rng, Progress())
+
+    def _train_epoch(self, run: _Run, epoch: int, outlets: _Outlets) -> None:
+        start = int(run.state.step) - epoch * self._steps_per_epoch
+        every = self._config.run.checkpoint_every
+        for number, batch in enumerate(self._batches(epoch)[start:], start=start + 1):
+            run.state, array = self._train_step(run.state, self._base, batch, run.rng)
+            step, loss = epoch * self._steps_per_epoch + number, float(array)
+            if not np.isfinite(loss):
+                raise TrainingError(
+                    f"the loss is {loss} at step {step}; {_kept(outlets.checkpoints)}"
+                )
+            outlets.log.append(step=step, epoch=epoch + 1, split="train", loss=loss)
+            outlets.bar.update(step, loss, int(batch["attention_mask"].sum()))
+            if every and step % every == 0 and number < self._steps_per_epoch:
+                self._save(run, outlets, epoch=epoch, batch=number)
+
+    def _close_epoch(self, run: _Run, epoch: int, outlets: _Outlets) -> None:
+        """Evaluates, keeps the best, and saves."""
+        self._check(run, outlets)
+        result, loss = self.evaluate(run.state.small, self._encoded["validation"])
+        step, value = int(run.state.step), result[self._metric]
+        outlets.log.append(step=step, epoch=epoch + 1, split="validation", loss=loss, **result)
+        before = run.progress.validation
+        better = before is None or value > before[self._metric]
+        if better:
+            run.best = jax.tree.map(jnp.copy, run.state.small)
+            run.progress = dataclasses.replace(
+                run.progress, best_epoch=epoch + 1, validation=result
+            )
+        outlets.bar.say(
+            f"epoch {epoch + 1}/{self._config.optim.epochs}  validation {self._metric}"
+            f" {value:.4f}  loss {loss:.4f}" + ("  (best)" if better else "")
+        )
+        self._save(run, outlets, epoch=epoch + 1, batch=0)
+
+    def _save(self, run: _Run, outlets: _Outlets, epoch: int, batch: int) -> None:
+        self._check(run, outlets)
+        seconds = time.monotonic() - outlets.began
+        run.progress = dataclasses.replace(run.progress, epoch=epoch, batch=batch, seconds=seconds)
+        outlets.log.sync()
+        outlets.checkpoints.save(run.state, run.best, run.rng, run.progress)
+
+    def _check(self, run: _Run, outlets: _Outlets) -> None:
+        # A finite loss can still have given an update that is not.
+        if not self._finite(run.state.small):
+            raise TrainingError(
+                f"the adapters are not finite after step {int(run.state.step)};"
+                f" {_kept(outlets.checkpoints)}"
+            )
+
+    def _batches(self, epoch: int) -> Batches:
+        return epoch_batches(
+            self._encoded["train"],
+            batch_size=self._config.optim.batch_size,
+            buckets=self._config.data.bucket_lengths,
+            seed=self._config.run.seed,
+            epoch=epoch,
+        )
+
+
+def _kept(checkpoints: Checkpoints) -> str:
+    latest = checkpoints.latest
+    kept = "there is no checkpoint yet" if latest is None else f"the one of step {latest} is kept"
+    return f"a lower `optim.learning_rate` may help, and {kept}."
