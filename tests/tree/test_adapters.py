@@ -239,7 +239,7 @@ def test_adapters_that_do_not_fit_the_plan_are_not_merged() -> None:
         (("0/mlp/up", "1/attention/query"), {"query", "up"}),
         (r"layers/\d/mlp/.*", {"query"}),
     ],
-    ids=str,
+    ids=["all", "by name", "by longer names", "by expression"],
 )
 def test_layers_switched_off_are_the_bases(off, left) -> None:
     params, plan, adapters = small(train=("classifier/bias",))
