@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 MINILM := .cache/minilm
 
-.PHONY: quickstart test test-fast lint clean
+.PHONY: quickstart test test-fast clean
 
 quickstart: $(VENV)/train $(MINILM)/config.json
 	$(VENV)/bin/python -m train.quickstart
