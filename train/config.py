@@ -327,6 +327,16 @@ def save(config: Config, path: str | Path) -> None:
     Path(path).write_text(text, encoding="utf-8")
 
 
+def _load_value(text: str) -> Any:
+    """Reads YAML, in which a text like "#2 String" would be a comment and come to nothing."""
+    value = _load_yaml(text)
+    return text if value is None and text.lstrip().startswith("#") else value
+
+
+_load_yaml = jsonargparse.get_loader("yaml")
+jsonargparse.set_loader("yaml", _load_value, exceptions=(yaml.YAMLError,))
+
+
 def _parser() -> jsonargparse.ArgumentParser:
     parser = jsonargparse.ArgumentParser(
         prog="python -m train",

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from train.config import AdapterConfig, ConfigError, OverrideConfig, load, save
 
@@ -34,6 +35,18 @@ def test_command_line_wins_over_file(tmp_path):
     assert config.optim.epochs == 7
     assert config.optim.learning_rate == 1e-3
     assert config.adapter.hyperparameters == {"block_size": 64, "scale": 2}
+
+
+@pytest.mark.parametrize("name", ["#2 String", "a #b", "a: b", "[x]", "1", "true", "2024-01-01"])
+def test_column_names_that_mean_something_in_yaml_stay_names(tmp_path, name):
+    data = {"train": "x.tsv", "text": name, "text_pair": name}
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({"model": {"name": "m"}, "data": data}))
+    from_file = load(["--config", str(path)]).data
+    arguments = ["--model.name", "m", "--data.train", "x.tsv", "--data.text", name]
+    from_arguments = load([*arguments, "--data.text_pair", name]).data
+    for loaded in (from_file, from_arguments):
+        assert (loaded.text, loaded.text_pair) == (name, name)
 
 
 def test_saved_settings_load_equal(tmp_path):

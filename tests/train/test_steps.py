@@ -1,0 +1,59 @@
+"""The loss and its gradients are PyTorch's, on a padded batch of sentence pairs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import circflax as cf
+from tests.train.conftest import WORDS
+from train.data import Split, epoch_batches, tokenize
+from train.steps import losses, make_forward
+
+torch = pytest.importorskip("torch")
+
+
+@pytest.mark.parametrize("kind", ["classes", "numbers"])
+def test_loss_and_gradients_are_pytorchs(tiny_model, tmp_path, kind) -> None:
+    import transformers
+
+    rng = np.random.default_rng(0)
+    sentences = [" ".join(rng.choice(WORDS, n)) for n in rng.integers(1, 9, 12)]
+    numbers = kind == "numbers"
+    labels = np.asarray(rng.integers(0, 2, 6), np.float32 if numbers else np.int32)
+    split = Split(tuple(sentences[:6]), tuple(sentences[6:]), labels)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model)
+    encoded = tokenize(split, tokenizer, 24)
+    (batch,) = epoch_batches(encoded, batch_size=8, buckets=[24], shuffle=False)
+    assert batch["token_type_ids"].any()
+
+    config = {"num_labels": 1 if numbers else 2}
+    model, base, report = cf.interop.load_model(
+        tiny_model, "sequence-classification", config=config
+    )
+    added = {path: np.asarray(base["classifier"][path[-1]]) for path in report.initialised}
+    cf.interop.export_merged(tiny_model, tmp_path / "merged", model, {}, added)
+    oracle = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    inputs = {
+        name: torch.tensor(batch[name][:6].astype(np.int64))
+        for name in ("input_ids", "attention_mask", "token_type_ids")
+    }
+    expected = oracle(**inputs, labels=torch.tensor(batch["labels"][:6]).to(_dtype(numbers))).loss
+    expected.backward()
+
+    plan = cf.make_plan(base, cf.AdapterConfig(train=".*"))
+    forward = make_forward(model, plan)
+
+    def loss(small):
+        each = losses(forward(small, base, batch), batch["labels"])
+        return jnp.sum(batch["weights"] * each) / jnp.sum(batch["weights"])
+
+    value, gradients = jax.value_and_grad(loss)(base)
+    np.testing.assert_allclose(value, expected.item(), rtol=1e-5)
+    query = gradients["bert"]["encoder"]["layer"]["0"]["attention"]["self"]["query"]["kernel"]
+    weight = oracle.bert.encoder.layer[0].attention.self.query.weight
+    np.testing.assert_allclose(query, weight.grad.numpy().T, rtol=1e-4, atol=1e-7)
+
+
+def _dtype(numbers: bool):
+    return torch.float32 if numbers else torch.int64
