@@ -49,7 +49,8 @@ def run(config: Config, console: Console | None = None) -> report.Summary:
     metric = metrics.choose(config.run.metric, config.data.task, len(splits.label_names))
     model, base, loaded = _load_model(config, splits)
     plan = _make_plan(config, model, base, loaded.initialised)
-    console.print(str(cf.summarize(base, plan)), highlight=False, markup=False, soft_wrap=True)
+    counted = cf.summarize(base, plan)
+    console.print(str(counted), highlight=False, markup=False, soft_wrap=True)
     encoded = encode(config, splits, loaded.directory)
 
     directory.mkdir(parents=True, exist_ok=True)
@@ -66,7 +67,6 @@ def run(config: Config, console: Console | None = None) -> report.Summary:
     model.config.architectures = [type(model).__name__.removeprefix("Flax")]
     model.config.save_pretrained(adapter)
 
-    counted = cf.summarize(base, plan)
     summary = report.Summary(
         task=_task(config.data),
         model=config.model.name,
