@@ -8,6 +8,7 @@ from circflax import tree as tree
 from circflax.methods import BCA as BCA
 from circflax.methods import C3A as C3A
 from circflax.methods import CDVFT as CDVFT
+from circflax.methods import LoRA as LoRA
 from circflax.methods import Method as Method
 from circflax.methods import make_method as make_method
 from circflax.tree import AdapterConfig as AdapterConfig

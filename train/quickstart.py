@@ -68,7 +68,10 @@ def main(argv: list[str]) -> int:
     _say(console, f"{exported}: logits within {difference:.1e} of the adapted model's")
 
     adapted = cf.load_adapters(directory / "adapter")
-    lora = sum(8 * (target.in_features + target.out_features) for target in adapted.plan.targets)
+    lora = sum(
+        cf.LoRA(r=8).parameter_count(target.in_features, target.out_features)
+        for target in adapted.plan.targets
+    )
     count = summary.trainable["adapters"]
     _heading(console, "Result")
     _say(

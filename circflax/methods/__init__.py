@@ -5,6 +5,7 @@ from circflax.methods._registry import METHODS, make_method, replace_hyperparame
 from circflax.methods.bca import BCA
 from circflax.methods.c3a import C3A
 from circflax.methods.cdvft import CDVFT
+from circflax.methods.lora import LoRA
 from circflax.methods.presets import PRESETS, Preset
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "CDVFT",
     "METHODS",
     "PRESETS",
+    "LoRA",
     "Method",
     "Params",
     "Preset",

@@ -54,7 +54,7 @@ class Method(abc.ABC):
             out_features: width of the layer's output.
 
         Returns:
-            Shape `(..., out_features)`, in the promoted dtype of `params` and `x`.
+            Shape `(..., out_features)`, in the dtype of `x` if that is floating.
         """
 
     @abc.abstractmethod
@@ -96,9 +96,9 @@ class Method(abc.ABC):
         return sum(math.prod(shape.shape) for shape in shapes.values())
 
 
-def check_size(name: str, size: int | None) -> None:
-    """Raises a ValueError if a size is neither None nor a positive whole number."""
-    if size is not None and not (isinstance(size, int) and size > 0):
+def check_size(name: str, size: int | None, *, optional: bool = False) -> None:
+    """Raises a ValueError if a size is not a positive whole number, nor None where it may be."""
+    if not (optional and size is None) and not (isinstance(size, int) and size > 0):
         raise ValueError(f"`{name}` must be a positive whole number, but is {size!r}.")
 
 
@@ -106,6 +106,12 @@ def check_number(name: str, value: float) -> None:
     """Raises a ValueError if a value is not a finite number."""
     if not (isinstance(value, int | float) and math.isfinite(value)):
         raise ValueError(f"`{name}` must be a finite number, but is {value!r}.")
+
+
+def check_flag(name: str, value: bool) -> None:
+    """Raises a ValueError if a value is neither true nor false."""
+    if not isinstance(value, bool):
+        raise ValueError(f"`{name}` must be true or false, but is {value!r}.")
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -9,8 +9,9 @@ from circflax.methods._method import Method
 from circflax.methods.bca import BCA
 from circflax.methods.c3a import C3A
 from circflax.methods.cdvft import CDVFT
+from circflax.methods.lora import LoRA
 
-METHODS: Mapping[str, type[Method]] = {method.name: method for method in (CDVFT, C3A, BCA)}
+METHODS: Mapping[str, type[Method]] = {method.name: method for method in (CDVFT, C3A, BCA, LoRA)}
 """Every method by its name; a new one joins here."""
 
 

@@ -46,7 +46,7 @@ class BCA(Method):
     init_weights: str = "zeros"
 
     def __post_init__(self) -> None:
-        check_size("p", self.p)
+        check_size("p", self.p, optional=True)
         check_number("scale", self.scale)
         check_choice("init_weights", self.init_weights, _INITS)
 

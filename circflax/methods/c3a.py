@@ -42,7 +42,7 @@ class C3A(Method):
     init_weights: str = "zeros"
 
     def __post_init__(self) -> None:
-        check_size("b", self.b)
+        check_size("b", self.b, optional=True)
         check_choice("init_weights", self.init_weights, _INITS)
 
     def init(

@@ -50,7 +50,7 @@ class CDVFT(Method):
     diagonal_rate: float = 0.02
 
     def __post_init__(self) -> None:
-        check_size("p", self.p)
+        check_size("p", self.p, optional=True)
         check_size("factors", self.factors)
         check_number("alpha", self.alpha)
         check_number("diagonal_rate", self.diagonal_rate)

@@ -17,7 +17,7 @@ from tests.architectures import ARCHITECTURES, Architecture, architecture
 
 oracle = pytest.importorskip("tests.interop.oracle", exc_type=ImportError)
 
-METHODS = {"cdvft": cf.CDVFT(), "c3a": cf.C3A(b=4), "bca": cf.BCA(p=8)}
+METHODS = {"cdvft": cf.CDVFT(), "c3a": cf.C3A(b=4), "bca": cf.BCA(p=8), "lora": cf.LoRA(r=2)}
 
 
 def adapted(base: Path, entry: Architecture, directory: Path, method: cf.Method, train=()):
@@ -45,7 +45,10 @@ def adapted(base: Path, entry: Architecture, directory: Path, method: cf.Method,
     ("entry", "name"),
     [
         pytest.param(
-            entry, name, marks=() if i % 3 == j else pytest.mark.slow, id=f"{entry}-{name}"
+            entry,
+            name,
+            marks=() if i % len(METHODS) == j else pytest.mark.slow,
+            id=f"{entry}-{name}",
         )
         for i, entry in enumerate(ARCHITECTURES)
         for j, name in enumerate(METHODS)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from circflax import BCA, C3A, CDVFT, AdapterConfig, combine, make_plan, merge, switch_off
+from circflax import BCA, C3A, CDVFT, AdapterConfig, LoRA, combine, make_plan, merge, switch_off
 from circflax.linen import attach
 from circflax.tree import Plan
 from tests.linen.models import (
@@ -20,12 +20,12 @@ from tests.linen.models import (
     randomly,
 )
 
-METHODS = (CDVFT(), C3A(b=1), BCA(p=3))
+METHODS = (CDVFT(), C3A(b=1), BCA(p=3), LoRA(r=2))
 # Quick runs meet each kind and each method once.
 over_kinds_and_methods = pytest.mark.parametrize(
     ("kind", "method"),
     [
-        pytest.param(kind, method, marks=() if i == j else pytest.mark.slow)
+        pytest.param(kind, method, marks=() if i == j % len(KINDS) else pytest.mark.slow)
         for i, kind in enumerate(KINDS)
         for j, method in enumerate(METHODS)
     ],

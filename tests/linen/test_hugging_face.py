@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import circflax
-from circflax import BCA, C3A, CDVFT, AdapterConfig, combine, init_adapters, make_plan, merge
+from circflax import BCA, C3A, CDVFT, AdapterConfig, LoRA, combine, init_adapters, make_plan, merge
 from circflax.linen import attach, find_layouts
 from circflax.tree import Layout
 from tests.architectures import ARCHITECTURES, Architecture, architecture
@@ -19,7 +19,7 @@ from tests.linen.models import with_something
 
 transformers = pytest.importorskip("transformers", "4.57")
 
-METHODS = {"cdvft": CDVFT(), "c3a": C3A(), "bca": BCA(p=8)}
+METHODS = {"cdvft": CDVFT(), "c3a": C3A(), "bca": BCA(p=8), "lora": LoRA(r=2)}
 # Every architecture meets one method, and every method several architectures.
 ROTATION = list(zip(ARCHITECTURES, itertools.cycle(METHODS)))
 REST = [

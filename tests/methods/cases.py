@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from circflax.methods import BCA, C3A, CDVFT, Method
+from circflax.methods import BCA, C3A, CDVFT, LoRA, Method
 from tests.ops.operators import reference_block
 
 Arrays = dict[str, np.ndarray]
@@ -60,6 +60,13 @@ def _bca(case: Case, params: Arrays) -> np.ndarray:
     return case.method.scale * matrix[: case.out_features, : case.in_features]
 
 
+def _lora(case: Case, params: Arrays) -> np.ndarray:
+    method = case.method
+    alpha = method.r if method.alpha is None else method.alpha
+    scale = alpha / (method.r**0.5 if method.rank_stabilized else method.r)
+    return scale * params["b"].T @ params["a"].T
+
+
 def _cdvft_count(method: CDVFT, in_features: int, out_features: int) -> int:
     p = method.p or min(in_features, out_features)
     later = (method.factors - 3) // 2
@@ -76,12 +83,17 @@ def _bca_count(method: BCA, in_features: int, out_features: int) -> int:
     return -(-in_features // p) * -(-out_features // p) * p
 
 
+def _lora_count(method: LoRA, in_features: int, out_features: int) -> int:
+    return method.r * (in_features + out_features)
+
+
 REFERENCES: dict[str, Callable[[Case, Arrays], np.ndarray]] = {
     "cdvft": _cdvft,
     "c3a": _c3a,
     "bca": _bca,
+    "lora": _lora,
 }
-COUNTS = {"cdvft": _cdvft_count, "c3a": _c3a_count, "bca": _bca_count}
+COUNTS = {"cdvft": _cdvft_count, "c3a": _c3a_count, "bca": _bca_count, "lora": _lora_count}
 
 CASES = (
     Case(CDVFT(), 6, 6),
@@ -99,4 +111,10 @@ CASES = (
     Case(BCA(p=1), 3, 4),
     Case(BCA(p=9), 5, 7),
     Case(BCA(p=3, scale=0.1, init_weights="projection"), 6, 4),
+    Case(LoRA(), 6, 4),
+    Case(LoRA(r=1), 1, 5),
+    Case(LoRA(r=2), 7, 5),
+    Case(LoRA(r=3, alpha=-0.5), 5, 12),
+    Case(LoRA(r=2, rank_stabilized=True), 6, 6),
+    Case(LoRA(r=3, alpha=16.0, rank_stabilized=True), 6, 9),
 )

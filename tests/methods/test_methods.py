@@ -7,12 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from circflax.methods import BCA, C3A, CDVFT, METHODS, make_method
+from circflax.methods import BCA, C3A, CDVFT, METHODS, LoRA, make_method
 from tests.methods.cases import CASES, COUNTS, REFERENCES, Case
 
 over_cases = pytest.mark.parametrize("case", CASES, ids=str)
 # One of each method, where blocks are cut off if the method has that.
-ONE_EACH = (Case(CDVFT(p=4, factors=5), 7, 5), Case(C3A(b=3), 6, 9), Case(BCA(p=4), 7, 5))
+ONE_EACH = (
+    Case(CDVFT(p=4, factors=5), 7, 5),
+    Case(C3A(b=3), 6, 9),
+    Case(BCA(p=4), 7, 5),
+    Case(LoRA(r=2, alpha=3.0), 7, 5),
+)
 over_methods = pytest.mark.parametrize("case", ONE_EACH, ids=str)
 FRESH = tuple(case for case in CASES if getattr(case.method, "init_weights", "zeros") == "zeros")
 
@@ -97,7 +102,7 @@ def test_fresh_adapter_has_a_gradient(case: Case) -> None:
     x, g = case.x(dtype=np.float32), np.random.default_rng(4).standard_normal(case.out_features)
     _, vjp = jax.vjp(lambda params: case.method.update(params, x, case.out_features), init(case))
     (grads,) = vjp(jnp.asarray(np.broadcast_to(g, (3, g.size)), jnp.float32))
-    (first,) = [grad for name, grad in grads.items() if name in ("c", "c2", "w")]
+    (first,) = [grad for name, grad in grads.items() if name in ("c", "c2", "w", "b")]
     # Only what blocks that are cut off never reach may stay without one.
     assert np.mean(np.abs(first) > 0) > 0.5
 
@@ -122,7 +127,8 @@ def test_apply_keeps_the_dtype_of_the_layer(case: Case) -> None:
     y = jnp.ones((3, case.out_features), jnp.bfloat16)
     out = case.method.apply(params, x, y)
     assert out.dtype == jnp.bfloat16
-    # The update is computed in the adapter's float32 and rounded to the layer's dtype once.
+    # The update is computed in the adapter's float32 and rounded to the layer's dtype once, or in
+    # the layer's dtype throughout.
     update = np.asarray(x, np.float64) @ case.reference_delta(params)
     np.testing.assert_allclose(np.asarray(out - y, float), update, rtol=0.02, atol=0.02)
 
@@ -143,6 +149,7 @@ def test_learning_rates_and_decay_name_the_arrays(case: Case) -> None:
     ("method", "rates"),
     [
         (C3A(b=4), {"w": 1.0}),
+        (LoRA(r=2), {"a": 1.0, "b": 1.0}),
         (BCA(), {"c": 1 / 8}),
         (BCA(p=4), {"c": 1 / 4}),
         (BCA(p=5), {"c": 1 / 5}),
@@ -159,7 +166,7 @@ def test_learning_rate_rules(method, rates) -> None:
 
 def test_decay_spares_the_diagonals() -> None:
     assert CDVFT(factors=5).decayed() == {"a1": False, "a3": False, "a5": False}
-    assert not BCA().decayed() and not C3A().decayed()
+    assert not BCA().decayed() and not C3A().decayed() and not LoRA().decayed()
 
 
 D, F = 4096, 11008  # LLaMA-2-7B
@@ -185,6 +192,9 @@ def total(method, layers: list[tuple[int, int]]) -> int:
         (C3A(b=1024), LARGE, 49_152),
         (C3A(b=128), LARGE, 393_216),
         (C3A(b=64), LARGE, 786_432),
+        (LoRA(r=8), BASE, 294_912),
+        (LoRA(r=8), LARGE, 786_432),
+        (LoRA(r=64), QV * 32, 33_554_432),
     ],
     ids=str,
 )
@@ -228,19 +238,25 @@ def test_counts_on_llama_2_7b_in_millions(p: int, bca, cdvft) -> None:
     ("call", "message"),
     [
         (lambda: make_method("cdvt"), "unknown method 'cdvt'; did you mean 'cdvft'"),
-        (lambda: make_method("zzz"), "'zzz'; There are cdvft, c3a, bca"),
+        (lambda: make_method("zzz"), "'zzz'; There are cdvft, c3a, bca, lora"),
         (lambda: make_method("cdvft", {"factor": 3}), "cdvft has no .*'factor'; .*'factors'"),
         (lambda: make_method("c3a", {"zzz": 3}), "'zzz'; There are b, init_weights"),
         (lambda: make_method("bca", {"p": -1}), "`p` must be a positive whole number, but is -1"),
         (lambda: CDVFT(p=0), "`p` must be a positive whole number, but is 0"),
         (lambda: CDVFT(p=2.5), "`p` must be a positive whole number, but is 2.5"),
         (lambda: CDVFT(diagonal_rate="x"), "`diagonal_rate` must be a finite number"),
+        (lambda: CDVFT(factors=None), "`factors` must be a positive whole number, but is None"),
         (lambda: CDVFT(factors=1), "odd and at least 3, but it is 1"),
         (lambda: CDVFT(factors=4), "odd and at least 3, but it is 4"),
         (lambda: C3A(b=0), "`b` must be a positive whole number, but is 0"),
         (lambda: C3A(init_weights="xavier"), "one of zeros, xavier_uniform.* but is 'xavier'"),
         (lambda: BCA(p=-2), "`p` must be a positive whole number, but is -2"),
         (lambda: BCA(init_weights="random"), "one of zeros, projection, but is 'random'"),
+        (lambda: LoRA(r=0), "`r` must be a positive whole number, but is 0"),
+        (lambda: LoRA(r=None), "`r` must be a positive whole number, but is None"),
+        (lambda: LoRA(alpha="x"), "`alpha` must be a finite number, but is 'x'"),
+        (lambda: LoRA(alpha=float("inf")), "`alpha` must be a finite number, but is inf"),
+        (lambda: LoRA(rank_stabilized="no"), "`rank_stabilized` must be true or false, .* 'no'"),
         (lambda: C3A(b=4).shapes(8, 6), "b=4 does not .*in_features=8.*out_features=6.* are 1, 2"),
         (
             lambda: BCA(init_weights="projection").init(jax.random.key(0), 4, 4),

@@ -23,7 +23,7 @@ from train.run import run
 from train.steps import TrainState
 from train.trainer import TrainingError
 
-METHODS = ("cdvft", "c3a", "bca", "full", "none")
+METHODS = ("cdvft", "c3a", "bca", "lora", "full", "none")
 
 
 def flat(tree) -> dict[str, np.ndarray]:
@@ -62,7 +62,7 @@ def test_a_run_leaves_a_report_metrics_and_its_adapter(method, arguments, tmp_pa
     assert max(validation) == summary.validation["accuracy"]
     assert validation[summary.best_epoch - 1] == max(validation)
     file = cf.load_adapters(directory / "adapter")
-    assert {t.method.name for t in file.plan.targets} == ({method} & set(METHODS[:3]))
+    assert {t.method.name for t in file.plan.targets} == ({method} & set(cf.methods.METHODS))
     assert ("classifier", "kernel") in file.plan.trained
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from circflax.methods import BCA, C3A, CDVFT
+from circflax.methods import BCA, C3A, CDVFT, LoRA
 from circflax.tree import (
     AdapterConfig,
     combine,
@@ -18,7 +18,14 @@ from circflax.tree import (
 )
 from tests.tree.models import abstract, drawn, odd_layouts, odd_params, small_params
 
-METHODS = [CDVFT(p=4), CDVFT(factors=5), C3A(b=2), BCA(p=4), BCA(p=3, init_weights="projection")]
+METHODS = [
+    CDVFT(p=4),
+    CDVFT(factors=5),
+    C3A(b=2),
+    BCA(p=4),
+    BCA(p=3, init_weights="projection"),
+    LoRA(r=2, alpha=3.0),
+]
 over_methods = pytest.mark.parametrize("method", METHODS, ids=str)
 
 
