@@ -6,13 +6,16 @@ from typing import Any, ParamSpec, TypeVar
 
 from flax import linen as nn
 
+from circflax import ops
 from circflax.tree import ADAPTER, Plan
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def attach(run: Callable[P, R], plan: Plan) -> Callable[P, R]:
+def attach(
+    run: Callable[P, R], plan: Plan, *, strategy: ops.Strategy | None = None
+) -> Callable[P, R]:
     """Makes a function that runs a linen model run it with adapters.
 
     Wherever the model calls a layer of the plan, and the parameters it was given hold an adapter
@@ -32,6 +35,7 @@ def attach(run: Callable[P, R], plan: Plan) -> Callable[P, R]:
         run: anything that calls the model: `module.apply`, a Hugging Face model or its `generate`,
             or a function of your own.
         plan: the layers to adapt.
+        strategy: how to compute circulant products; None chooses by shape, dtype and platform.
 
     Returns:
         A function of the same arguments.
@@ -54,7 +58,8 @@ def attach(run: Callable[P, R], plan: Plan) -> Callable[P, R]:
 
     @functools.wraps(run)
     def adapted(*args: P.args, **kwargs: P.kwargs) -> R:
-        with nn.intercept_methods(functools.partial(_adapt, plan)):
+        adapt = functools.partial(_adapt, plan)
+        with nn.intercept_methods(adapt), ops.default_strategy(strategy):
             return run(*args, **kwargs)
 
     return adapted

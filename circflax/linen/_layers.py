@@ -72,7 +72,7 @@ class CirculantDiagonal(nn.Module):
             raise ValueError(
                 f"one diagonal keeps the width {width}, but `features` is {self.features}."
             )
-        y = ops.circulant_diagonal_product(diagonals, circulants, _floating(x))
+        y = ops.circulant_diagonal_product(diagonals, circulants, _promoted(x, diagonals[0]))
         return _with_bias(self, y)
 
 
@@ -116,12 +116,13 @@ class BlockCirculant(nn.Module):
         shape = (-(-self.features // p), -(-in_features // p), p)
         init = self.kernel_init or nn.initializers.normal(in_features**-0.5)
         c = self.param("c", init, shape, self.param_dtype)
-        y = ops.block_circulant_product(c, _floating(x), out_features=self.features)
+        y = ops.block_circulant_product(c, _promoted(x, c), out_features=self.features)
         return _with_bias(self, y)
 
 
-def _floating(x: Array) -> Array:
-    return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.float32)
+def _promoted(x: Array, param: Array) -> Array:
+    # Products are in the dtype of x; nn.Dense's are in what input and parameters promote to.
+    return x.astype(jnp.result_type(x, param))
 
 
 def _with_bias(layer: Any, y: Array) -> Array:

@@ -4,21 +4,22 @@ Every product comes with its dense matrix (`*_matrix`), against which it is test
 knows Flax or any adaptation method.
 """
 
-from circflax.ops._circulant import (
-    Convention,
-    block_circulant_matrix,
-    block_circulant_product,
-    block_circulant_projection,
-    circulant_matrix,
-    circulant_product,
-)
+from circflax.ops._checks import Convention
+from circflax.ops._choice import Strategy, default_strategy
+from circflax.ops._circulant import block_circulant_product, circulant_product
 from circflax.ops._circulant_diagonal import (
     circulant_diagonal_matrix,
     circulant_diagonal_product,
 )
+from circflax.ops._matrix import (
+    block_circulant_matrix,
+    block_circulant_projection,
+    circulant_matrix,
+)
 
 __all__ = [
     "Convention",
+    "Strategy",
     "block_circulant_matrix",
     "block_circulant_product",
     "block_circulant_projection",
@@ -26,4 +27,5 @@ __all__ = [
     "circulant_diagonal_product",
     "circulant_matrix",
     "circulant_product",
+    "default_strategy",
 ]

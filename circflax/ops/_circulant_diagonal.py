@@ -1,21 +1,23 @@
 """Interleaved products of diagonal and circulant matrices."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 
-from circflax.ops._circulant import (
-    block_circulant_matrix,
-    check_floating,
-    check_kernel,
-    plain_product,
-)
+from circflax.ops._checks import check_floating, check_kernel, check_vector
+from circflax.ops._choice import Strategy, resolve_strategy
+from circflax.ops._form import fitted_product
+from circflax.ops._matrix import block_circulant_matrix
 
 
-@jax.jit
 def circulant_diagonal_product(
-    diagonals: Sequence[jax.Array], circulants: Sequence[jax.Array], x: jax.Array
+    diagonals: Sequence[jax.Array],
+    circulants: Sequence[jax.Array],
+    x: jax.Array,
+    *,
+    strategy: Strategy | None = None,
 ) -> jax.Array:
     """Applies `A_m C_{m-1} A_{m-1} ... C_1 A_1` to a batch of vectors.
 
@@ -23,21 +25,21 @@ def circulant_diagonal_product(
     block-circulant ones. A (block-)circulant factor whose sizes exceed those of its neighbouring
     diagonals acts as its upper left part: its input is padded with zeros and its output cut off.
 
-    The transforms run in float32 (float64 for float64 operands). Differentiation in either mode
-    and to any order works; reverse mode keeps only the arguments, no spectra and none of the
-    vectors between the factors.
+    Precision and differentiation are as in `block_circulant_product`; reverse mode keeps only the
+    arguments, none of the vectors between the factors.
 
     Args:
         diagonals: the m diagonals, first applied first, of shapes `(n_1,), ..., (n_m,)`.
         circulants: the m - 1 circulant factors, first applied first, each of shape `(n,)` or
             `(out_blocks, in_blocks, block)`.
         x: shape `(..., n_1)`, floating.
+        strategy: how to compute it; None chooses by shape, dtype and platform.
 
     Returns:
-        Shape `(..., n_m)`, in the promoted dtype of the arguments.
+        Shape `(..., n_m)`, in the dtype of `x`.
 
     Raises:
-        ValueError: if the counts or the shapes do not fit.
+        ValueError: if the counts or the shapes do not fit or the strategy is unknown.
         TypeError: if an argument is not of a real floating dtype.
 
     Source:
@@ -51,6 +53,7 @@ def circulant_diagonal_product(
         >>> print(ops.circulant_diagonal_product([a1, a3], [c], jnp.array([3.0, 5.0])))
         [10. 30.]
     """
+    strategy = resolve_strategy(strategy)
     check_floating(x=x)
     diagonals, kernels = _checked(diagonals, circulants)
     if x.ndim < 1 or x.shape[-1] != diagonals[0].size:
@@ -58,18 +61,24 @@ def circulant_diagonal_product(
             f"the first diagonal multiplies vectors of length {diagonals[0].size}, but `x` has"
             f" shape {x.shape}."
         )
-    return jax.checkpoint(_product)(diagonals, kernels, x)
+    return _product(diagonals, kernels, x, strategy)
 
 
+@partial(jax.jit, static_argnums=3)
+@partial(jax.checkpoint, static_argnums=3)
 def _product(
-    diagonals: Sequence[jax.Array], kernels: Sequence[jax.Array], x: jax.Array
+    diagonals: list[jax.Array],
+    kernels: list[jax.Array],
+    x: jax.Array,
+    strategy: Strategy | None,
 ) -> jax.Array:
-    result = jnp.result_type(x, *diagonals, *kernels)
-    # The vectors between the factors stay in the transforms' dtype: rounded once, at the end.
-    y = x.astype(jnp.promote_types(result, jnp.float32)) * diagonals[0]
-    for kernel, diagonal in zip(kernels, diagonals[1:], strict=True):
-        y = plain_product(kernel, y, out_features=diagonal.size) * diagonal
-    return y.astype(result)
+    if not kernels:
+        return (x * diagonals[0]).astype(x.dtype)
+    right = diagonals[0]
+    for kernel, left in zip(kernels, diagonals[1:], strict=True):
+        x = fitted_product(kernel, x, left.size, left=left, right=right, strategy=strategy)
+        right = None
+    return x
 
 
 @jax.jit
@@ -128,10 +137,7 @@ def _checked(
     )
     kernels = [c[None, None] if c.ndim == 1 else c for c in circulants]
     for i, diagonal in enumerate(diagonals):
-        if diagonal.ndim != 1:
-            raise ValueError(
-                f"`diagonals[{i}]` must be a vector, but its shape is {diagonal.shape}."
-            )
+        check_vector(diagonal, f"diagonals[{i}]")
     for i, kernel in enumerate(kernels):
         check_kernel(kernel, f"circulants[{i}]")
         rows, columns = kernel.shape[0] * kernel.shape[2], kernel.shape[1] * kernel.shape[2]

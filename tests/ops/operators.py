@@ -45,7 +45,7 @@ def circulant(n: int, convention: str) -> Operator:
         name=f"circulant-{convention}-{n}",
         shapes=((n,),),
         in_features=n,
-        product=lambda c, x: ops.circulant_product(c, x, convention=convention),
+        product=lambda c, x, **how: ops.circulant_product(c, x, convention=convention, **how),
         matrix=lambda c: ops.circulant_matrix(c, convention=convention),
         reference=lambda c: reference_block(c[None, None], convention),
     )
@@ -56,7 +56,7 @@ def block_circulant(out_blocks: int, in_blocks: int, block: int, convention: str
         name=f"block-{convention}-{out_blocks}x{in_blocks}x{block}",
         shapes=((out_blocks, in_blocks, block),),
         in_features=in_blocks * block,
-        product=lambda k, x: ops.block_circulant_product(k, x, convention=convention),
+        product=lambda k, x, **how: ops.block_circulant_product(k, x, convention=convention, **how),
         matrix=lambda k: ops.block_circulant_matrix(k, convention=convention),
         reference=lambda k: reference_block(k, convention),
     )
@@ -68,7 +68,9 @@ def cut_block_circulant(out_features: int, in_features: int, block: int) -> Oper
         name=f"cut-{out_features}x{in_features}-{block}",
         shapes=((-(-out_features // block), -(-in_features // block), block),),
         in_features=in_features,
-        product=lambda k, x: ops.block_circulant_product(k, x, out_features=out_features),
+        product=lambda k, x, **how: ops.block_circulant_product(
+            k, x, out_features=out_features, **how
+        ),
         matrix=lambda k: ops.block_circulant_matrix(k)[:out_features, :in_features],
         reference=lambda k: reference_block(k, "column")[:out_features, :in_features],
     )
@@ -94,8 +96,8 @@ def circulant_diagonal(factors: int, out_features: int, in_features: int, block:
         name=f"circulant-diagonal-{factors}-{out_features}x{in_features}-{block}",
         shapes=diagonals + circulants,
         in_features=in_features,
-        product=lambda *args: ops.circulant_diagonal_product(
-            args[:split], args[split:-1], args[-1]
+        product=lambda *args, **how: ops.circulant_diagonal_product(
+            args[:split], args[split:-1], args[-1], **how
         ),
         matrix=lambda *args: ops.circulant_diagonal_matrix(args[:split], args[split:]),
         reference=reference,
