@@ -1,12 +1,18 @@
 """`circflax inspect`, `merge` and `export`: what to do with an adapter once it is trained."""
 
 import argparse
+import itertools
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, get_args
 
 import jax.numpy as jnp
+
+if TYPE_CHECKING:
+    from circflax.tree import Plan
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,6 +45,14 @@ def _parser() -> argparse.ArgumentParser:
 
     inspect = commands.add_parser("inspect", help="show what an adapter is made of")
     inspect.add_argument("adapter", help="a run's directory, or an adapter's")
+    inspect.add_argument(
+        "--costs",
+        action="store_true",
+        help="show instead how its circulant products are computed, and what each way would cost",
+    )
+    inspect.add_argument(
+        "--tokens", type=int, default=4096, help="tokens of a training step (default 4096)"
+    )
     inspect.set_defaults(command=_inspect)
 
     merge = commands.add_parser("merge", help="write merged Flax parameters (Orbax checkpoint)")
@@ -66,6 +80,9 @@ def _inspect(arguments: argparse.Namespace) -> None:
     directory = Path(arguments.adapter)
     nested = directory / "adapter"
     file = load_adapters(nested if nested.is_dir() else directory)
+    if arguments.costs:
+        _show_costs(file.plan, arguments.tokens)
+        return
     reports = report_adapters(file.adapters, file.plan)
     width = min(max(len(report.name) for report in reports), 44) if reports else 5
     print(f"{'layer':{width}}  {'method':6} {'parameters':>10} {'rank':>5} {'norm':>9}")
@@ -82,6 +99,39 @@ def _inspect(arguments: argparse.Namespace) -> None:
     print(f"\n{len(reports)} layers, {total:,} adapter parameters; base {file.base or 'not named'}")
     for method in methods:
         print(method)
+
+
+def _show_costs(plan: "Plan", tokens: int) -> None:
+    from collections import Counter
+
+    from circflax import ops
+
+    if tokens < 1:
+        raise ValueError(f"`--tokens` must be a positive number, but is {tokens}.")
+    kernels = Counter(
+        kernel
+        for target in plan.targets
+        for kernel in target.method.kernels(target.in_features, target.out_features)
+        for _ in range(math.prod(target.layers))
+    )
+    if not kernels:
+        print("no adapter here multiplies by circulants.")
+        return
+    strategies = get_args(ops.Strategy)
+    print(f"estimated ms of one product with its gradients, {tokens:,} tokens; * is chosen")
+    for (out_blocks, in_blocks, block), count in kernels.items():
+        print(f"\n{count} × {out_blocks} × {in_blocks} blocks of {block}")
+        print("  platform  dtype   " + "".join(f"{name:>10}" for name in strategies))
+        for platform, dtype in itertools.product(ops.PLATFORMS, ("float32", "bfloat16")):
+            product = ops.Product(tokens, out_blocks, in_blocks, block, jnp.dtype(dtype), platform)
+            chosen, costs = ops.choose_form(product), ops.estimate_costs(product)
+            cells = []
+            for strategy in strategies:
+                best = min((c for f, c in costs.items() if f.strategy == strategy), default=None)
+                star = "*" if strategy == chosen.strategy else " "
+                runs = best is not None and math.isfinite(best)
+                cells.append(f"{1e3 * best:9.3g}{star}" if runs else f"{'–':>9} ")
+            print(f"  {platform:8}  {dtype:8}" + "".join(cells))
 
 
 def _merge(arguments: argparse.Namespace) -> None:

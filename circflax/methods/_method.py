@@ -61,6 +61,13 @@ class Method(abc.ABC):
     def delta(self, params: Params, in_features: int, out_features: int) -> jax.Array:
         """What the adapter adds to the layer's kernel: dense, `(in_features, out_features)`."""
 
+    def kernels(self, in_features: int, out_features: int) -> list[tuple[int, int, int]]:
+        """Shapes of the block-circulant kernels that `update` multiplies by, first one first.
+
+        A kernel is `(out_blocks, in_blocks, block)`; a method without circulants has none.
+        """
+        return []
+
     def learning_rates(self, in_features: int, out_features: int) -> dict[str, float]:
         """Factors on the learning rate for each of the adapter's arrays."""
         return dict.fromkeys(self.shapes(in_features, out_features), 1.0)

@@ -72,5 +72,8 @@ class BCA(Method):
         matrix = ops.block_circulant_matrix(self.scale * params["c"])
         return matrix[:out_features, :in_features].T
 
+    def kernels(self, in_features: int, out_features: int) -> list[tuple[int, int, int]]:
+        return [self.shapes(in_features, out_features)["c"].shape]
+
     def learning_rates(self, in_features: int, out_features: int) -> dict[str, float]:
         return {"c": 1 / self.shapes(in_features, out_features)["c"].shape[-1]}

@@ -76,3 +76,6 @@ class C3A(Method):
 
     def delta(self, params: Params, in_features: int, out_features: int) -> jax.Array:
         return ops.block_circulant_matrix(params["w"] / in_features, convention="row").T
+
+    def kernels(self, in_features: int, out_features: int) -> list[tuple[int, int, int]]:
+        return [self.shapes(in_features, out_features)["w"].shape]

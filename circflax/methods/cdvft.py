@@ -80,6 +80,11 @@ class CDVFT(Method):
     def delta(self, params: Params, in_features: int, out_features: int) -> jax.Array:
         return ops.circulant_diagonal_matrix(*self._factors(params)).T
 
+    def kernels(self, in_features: int, out_features: int) -> list[tuple[int, int, int]]:
+        shapes = self.shapes(in_features, out_features)
+        circulants = [shapes[f"c{i}"].shape for i in range(2, self.factors, 2)]
+        return [shape if len(shape) == 3 else (1, 1, *shape) for shape in circulants]
+
     def learning_rates(self, in_features: int, out_features: int) -> dict[str, float]:
         shapes = self.shapes(in_features, out_features)
         return {

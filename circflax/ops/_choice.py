@@ -93,6 +93,8 @@ RATES = {
     "cuda": Rates(matrix=4.0e14, transform=2.0e13, vector=2.0e13, memory=2.5e12),
 }
 
+PLATFORMS = tuple(RATES)
+"""Platforms that the costs are known of; others are taken for the last."""
 
 _default: ContextVar[Strategy | None] = ContextVar("strategy", default=None)
 
@@ -183,7 +185,7 @@ def estimate_costs(product: Product) -> dict[Form, float]:
         >>> costs[Form("fft")] < costs[Form("dense")]
         True
     """
-    rates = RATES.get(product.platform, RATES["cuda"])
+    rates = RATES.get(product.platform, RATES[PLATFORMS[-1]])
     forms = [Form("fft"), Form("dense")]
     # A transform of length 1 would be the dense form again, save in blocks of 1.
     forms += [Form("dft", length) for length in _divisors(product.block)[1:] or [1]]

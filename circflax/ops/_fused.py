@@ -52,6 +52,7 @@ def product(
             y[:, lanes] = (column * left[:, lanes]).astype(y.dtype)
 
     return _call(
+        "product",
         body,
         [_row(left, out_features), _row(right, x.shape[1]), _diagonals(kernel)],
         [x],
@@ -90,6 +91,7 @@ def inner_product(
             sums[:, lanes] += jnp.sum(column * g[:, lanes], axis=0, keepdims=True)
 
     sums = _call(
+        "inner_product",
         body,
         [_row(right, x.shape[1]), _diagonals(kernel)],
         [x, g],
@@ -138,6 +140,7 @@ def correlation(
         _sum_at_last(products, sums)
 
     sums = _call(
+        "correlation",
         body,
         [_row(left, g.shape[1]), _row(right, x.shape[1])],
         [x, g],
@@ -150,6 +153,7 @@ def correlation(
 
 
 def _call(
+    name: str,
     body: Callable[..., None],
     whole: Sequence[jax.Array],
     tokens: Sequence[jax.Array],
@@ -176,6 +180,7 @@ def _call(
         scratch_shapes=[scratch],
         compiler_params=pltpu.CompilerParams(vmem_limit_bytes=_VMEM_BYTES),
         interpret=interpret,
+        name=f"circulant_{name}",
     )(*whole, *tokens)
 
 

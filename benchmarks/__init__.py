@@ -1,0 +1,1 @@
+"""Benchmarks: what the library's speed and memory claims rest on."""

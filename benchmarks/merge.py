@@ -1,0 +1,52 @@
+"""Merging adapters into a model's kernels, against copying the same kernels."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+import circflax as cf
+from benchmarks.results import Record, Results, markdown_table, milliseconds
+from benchmarks.timing import time_interleaved
+
+
+def run(results: Results, suite: str, quick: bool, rounds: int) -> None:
+    """Measures merging layers of LLaMA-2-7B, in bfloat16, one after the other."""
+    shapes = [(512, 512)] if quick else [(4096, 4096), (4096, 11008)]
+    cases = [{"in": shape[0], "out": shape[1], "dtype": "bfloat16"} for shape in shapes]
+    for case in results.missing(suite, cases):
+        kernel = jnp.ones((case["in"], case["out"]), jnp.dtype(case["dtype"]))
+        functions: dict[str, Callable[[], None]] = {"copy": partial(_copy, kernel)}
+        for method in (cf.LoRA(r=8), cf.CDVFT(), cf.C3A(b=256), cf.BCA(p=256)):
+            params = method.init(jax.random.key(0), *kernel.shape)
+            functions[str(method)] = partial(_merge, method, params, kernel)
+        timings = time_interleaved(functions, rounds=rounds, budget=20.0)
+        results.add(suite, case, {name: t._asdict() for name, t in timings.items()})
+
+
+def _copy(kernel: jax.Array) -> None:
+    jax.block_until_ready(jnp.copy(kernel))
+
+
+def _merge(method: cf.methods.Method, params: cf.methods.Params, kernel: jax.Array) -> None:
+    jax.block_until_ready(_merged(method, params, kernel))
+
+
+@partial(jax.jit, static_argnums=0)
+def _merged(method: cf.methods.Method, params: cf.methods.Params, kernel: jax.Array) -> jax.Array:
+    return method.merge(params, kernel.astype(jnp.float32)).astype(kernel.dtype)
+
+
+def table(records: Sequence[Record]) -> str:
+    """Times of one kernel and how many copies of it they are worth."""
+    sections = []
+    for case in {str(record["case"]): record["case"] for record in records}.values():
+        of = {record["name"]: record for record in records if record["case"] == case}
+        rows = [
+            [name, milliseconds(r["median"]), f"{r['median'] / of['copy']['median']:.2f}"]
+            for name, r in of.items()
+        ]
+        title = f"{case['in']} × {case['out']}, {case['dtype']}"
+        sections.append(f"{title}\n\n{markdown_table(['merge', 'ms', '/ copy'], rows)}")
+    return "\n\n".join(sections)

@@ -1,0 +1,184 @@
+"""The whole training step of a model by method: time, peak memory and time to compile."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from rich.progress import track
+
+import circflax as cf
+from benchmarks.results import Record, Results, markdown_table, milliseconds
+from benchmarks.timing import time_interleaved
+from train.config import OptimConfig
+from train.optimizer import make_optimizer
+from train.steps import TrainState, make_forward, make_train_step
+
+# Widths of the models by name; the rest follows from RoBERTa's and BERT's base configurations.
+MODELS = {
+    "roberta-base": {},
+    "minilm-l6": {
+        "vocab_size": 30522,
+        "hidden_size": 384,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 12,
+        "intermediate_size": 1536,
+    },
+}
+HEAD, BIASES = "frozen + head", "biases"
+
+
+def grid(quick: bool, dtype: str = "float32") -> list[Record]:
+    """The cases of the suite `step`."""
+    if quick:
+        return [{"model": "minilm-l6", "batch": 2, "length": 16, "dtype": dtype}]
+    return [{"model": name, "batch": 16, "length": 128, "dtype": dtype} for name in MODELS]
+
+
+class Step(NamedTuple):
+    """A training step and shapes of what it runs on.
+
+    Attributes:
+        run: the jitted step, `(state, base, batch, rng) -> (state, loss)`.
+        arguments: shapes of its arguments.
+        plan: what it trains.
+    """
+
+    run: Callable[..., Any]
+    arguments: tuple[TrainState, Any, dict[str, Any], Any]
+    plan: cf.Plan
+
+
+def names() -> list[str]:
+    """The methods to measure: no adapter, biases only, and each that is registered."""
+    return [HEAD, BIASES, *cf.methods.METHODS]
+
+
+def make_step(case: Record, name: str) -> Step:
+    """The training step of one case by one method, from shapes alone.
+
+    The adapters are on query and value, the head trains, there is no dropout: its random numbers
+    would cost the same in all methods and hide what they differ by.
+    """
+    from transformers import FlaxRobertaForSequenceClassification, RobertaConfig
+
+    config = RobertaConfig(
+        **{"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1}
+        | MODELS[case["model"]],
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    dtype = jnp.dtype(case["dtype"])
+    model = FlaxRobertaForSequenceClassification(config, dtype=dtype, _do_init=False)
+    key, ids = jax.random.key(0), (case["batch"], case["length"])
+    base = jax.eval_shape(lambda key: model.init_weights(key, ids), key)
+    base = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), base)
+    train = ("classifier", "bias") if name == BIASES else ("classifier",)
+    if name in (HEAD, BIASES):
+        plan = cf.make_plan(base, cf.AdapterConfig(train=train))
+    else:
+        tokens = jnp.zeros((1, 8), jnp.int32)
+        layouts = cf.linen.find_layouts(lambda params: model(tokens, params=params), base)
+        adapter = cf.AdapterConfig(
+            method=cf.make_method(name), targets=("query", "value"), train=train
+        )
+        plan = cf.make_plan(base, adapter, layouts)
+    optimizer = make_optimizer(OptimConfig(), plan, steps=100)
+
+    def start(key: jax.Array, base: Any) -> TrainState:
+        small = cf.init_adapters(key, plan, base)
+        return TrainState(small, optimizer.init(small), jnp.zeros((), jnp.int32))
+
+    state = jax.eval_shape(start, key, base)
+    integers = jax.ShapeDtypeStruct(ids, jnp.int32)
+    batch = {
+        "input_ids": integers,
+        "attention_mask": integers,
+        "labels": jax.ShapeDtypeStruct(ids[:1], jnp.int32),
+        "weights": jax.ShapeDtypeStruct(ids[:1], jnp.float32),
+    }
+    run = make_train_step(make_forward(model, plan), optimizer, accumulation_steps=1)
+    return Step(run, (state, base, batch, jax.eval_shape(jax.random.key, 0)), plan)
+
+
+def run(results: Results, suite: str, cases: Sequence[Record], rounds: int) -> None:
+    """Measures what is missing of a suite of training steps."""
+    for case in results.missing(suite, cases):
+        measured, functions, base = {}, {}, None
+        for name in track(names(), f"{case['model']}: compiling"):
+            step = make_step(case, name)
+            start = time.perf_counter()
+            compiled = step.run.lower(*step.arguments).compile()
+            measured[name] = {
+                "compile": time.perf_counter() - start,
+                "peak": peak_memory(compiled),
+                "trainable": sum(leaf.size for leaf in jax.tree.leaves(step.arguments[0].small)),
+            }
+            state, shapes, batch, _ = step.arguments
+            base = _random(shapes) if base is None else base
+            functions[name] = _runner(compiled, _random(state), base, _random(batch))
+        print("timing …")
+        timings = time_interleaved(functions, rounds=rounds, budget=60.0)
+        for name, timing in timings.items():
+            measured[name] |= timing._asdict()
+        results.add(suite, case, measured)
+
+
+def peak_memory(compiled: Any) -> int:
+    """Bytes of memory that a compiled program uses at most, its arguments included."""
+    stats = compiled.memory_analysis()
+    if jax.default_backend() != "cpu":
+        return stats.peak_memory_in_bytes
+    # On CPU the peak leaves out temporary arrays, which live in one allocation.
+    arrays = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
+    return arrays + stats.temp_size_in_bytes
+
+
+def _random(shapes: Any) -> Any:
+    """Arrays of these shapes: small numbers, ones where they are whole."""
+    leaves, tree = jax.tree.flatten(shapes)
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+    arrays = [
+        0.02 * jax.random.normal(key, leaf.shape, leaf.dtype)
+        if jnp.issubdtype(leaf.dtype, jnp.floating)
+        else jnp.ones(leaf.shape, leaf.dtype)
+        for key, leaf in zip(keys, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(tree, arrays)
+
+
+def _runner(compiled: Any, state: TrainState, base: Any, batch: Any) -> Callable[[], None]:
+    rng = jax.random.key(0)
+
+    def run() -> None:
+        nonlocal state
+        state, loss = compiled(state, base, batch, rng)
+        jax.block_until_ready((state, loss))
+
+    return run
+
+
+def table(records: Sequence[Record]) -> str:
+    """Step time, peak memory and time to compile, with ratios to LoRA's and to biases only."""
+    sections = []
+    for case in {str(record["case"]): record["case"] for record in records}.values():
+        of = {record["name"]: record for record in records if record["case"] == case}
+        lora, biases = of["lora"], of[BIASES]
+        rows = [
+            [
+                name,
+                f"{record['trainable']:,}",
+                milliseconds(record["median"]),
+                f"{record['median'] / lora['median']:.3f}",
+                f"{record['peak'] / 2**20:,.1f}",
+                f"{record['peak'] / lora['peak']:.4f}",
+                f"{record['peak'] / biases['peak']:.4f}",
+                f"{record['compile']:.1f}",
+            ]
+            for name, record in of.items()
+        ]
+        header = ["method", "trainable", "ms", "/ lora", "peak MiB", "/ lora", "/ biases"]
+        title = ", ".join(f"{key} {value}" for key, value in case.items())
+        sections.append(f"{title}\n\n{markdown_table([*header, 'compile s'], rows)}")
+    return "\n\n".join(sections)
