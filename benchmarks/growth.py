@@ -46,7 +46,7 @@ def plot(records: Sequence[Record], directory: Path) -> list[Path]:
     directory.mkdir(parents=True, exist_ok=True)
     paths = []
     for axis, title in AXES.items():
-        figure, axes = plt.subplots(figsize=(6.5, 4), layout="constrained")
+        figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
         along = [record for record in records if record["case"]["axis"] == axis]
         for name in dict.fromkeys(record["name"] for record in along):
             points = sorted(
@@ -59,9 +59,11 @@ def plot(records: Sequence[Record], directory: Path) -> list[Path]:
         axes.set(xscale="log", yscale="log", xlabel=title, ylabel="ms, forward and backward")
         axes.set_xticks(sorted({record["case"][axis] for record in along}), minor=False)
         axes.xaxis.set_major_formatter("{x:.0f}")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
         axes.xaxis.set_minor_locator(plt.NullLocator())
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="small", ncols=2)
+        figure.legend(fontsize="small", loc="outside right upper")
         path = directory / f"growth_{axis}.png"
         figure.savefig(path, dpi=110)
         plt.close(figure)

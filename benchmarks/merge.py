@@ -1,14 +1,20 @@
-"""Merging adapters into a model's kernels, against copying the same kernels."""
+"""Merging adapters into a model's kernels, against copying them and writing them to a file."""
 
+import os
+import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import circflax as cf
 from benchmarks.results import Record, Results, markdown_table, milliseconds
 from benchmarks.timing import time_interleaved
+
+FILE = "write to a file and read it"
 
 
 def run(results: Results, suite: str, quick: bool, rounds: int) -> None:
@@ -17,7 +23,10 @@ def run(results: Results, suite: str, quick: bool, rounds: int) -> None:
     cases = [{"in": shape[0], "out": shape[1], "dtype": "bfloat16"} for shape in shapes]
     for case in results.missing(suite, cases):
         kernel = jnp.ones((case["in"], case["out"]), jnp.dtype(case["dtype"]))
-        functions: dict[str, Callable[[], None]] = {"copy": partial(_copy, kernel)}
+        functions: dict[str, Callable[[], None]] = {
+            "copy": partial(_copy, kernel),
+            FILE: partial(_write_and_read, np.asarray(kernel)),
+        }
         for method in (cf.LoRA(r=8), cf.CDVFT(), cf.C3A(b=256), cf.BCA(p=256)):
             params = method.init(jax.random.key(0), *kernel.shape)
             functions[str(method)] = partial(_merge, method, params, kernel)
@@ -27,6 +36,15 @@ def run(results: Results, suite: str, quick: bool, rounds: int) -> None:
 
 def _copy(kernel: jax.Array) -> None:
     jax.block_until_ready(jnp.copy(kernel))
+
+
+def _write_and_read(kernel: np.ndarray) -> None:
+    with tempfile.NamedTemporaryFile(dir=Path.cwd()) as file:
+        file.write(kernel.tobytes())
+        file.flush()
+        os.fsync(file.fileno())
+        file.seek(0)
+        file.read()
 
 
 def _merge(method: cf.methods.Method, params: cf.methods.Params, kernel: jax.Array) -> None:
@@ -39,14 +57,19 @@ def _merged(method: cf.methods.Method, params: cf.methods.Params, kernel: jax.Ar
 
 
 def table(records: Sequence[Record]) -> str:
-    """Times of one kernel and how many copies of it they are worth."""
-    sections = []
+    """Times of one kernel, and how they compare with copying it and with a file of it."""
+    sections, header = [], ["merge", "ms", "/ copy", "/ file"]
     for case in {str(record["case"]): record["case"] for record in records}.values():
         of = {record["name"]: record for record in records if record["case"] == case}
         rows = [
-            [name, milliseconds(r["median"]), f"{r['median'] / of['copy']['median']:.2f}"]
+            [
+                name,
+                milliseconds(r["median"]),
+                f"{r['median'] / of['copy']['median']:.2f}",
+                f"{r['median'] / of[FILE]['median']:.2f}",
+            ]
             for name, r in of.items()
         ]
         title = f"{case['in']} × {case['out']}, {case['dtype']}"
-        sections.append(f"{title}\n\n{markdown_table(['merge', 'ms', '/ copy'], rows)}")
+        sections.append(f"{title}\n\n{markdown_table(header, rows)}")
     return "\n\n".join(sections)

@@ -4,10 +4,12 @@ import functools
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
+import jax
 from flax import linen as nn
 
 from circflax import ops
-from circflax.tree import ADAPTER, Plan
+from circflax.methods import Params
+from circflax.tree import ADAPTER, Path, Plan, Target
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -58,28 +60,79 @@ def attach(
 
     @functools.wraps(run)
     def adapted(*args: P.args, **kwargs: P.kwargs) -> R:
-        adapt = functools.partial(_adapt, plan)
+        adapt = _Adapt(plan)
         with nn.intercept_methods(adapt), ops.default_strategy(strategy):
             return run(*args, **kwargs)
 
     return adapted
 
 
-def _adapt(
-    plan: Plan,
-    layer: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    context: nn.module.InterceptorContext,
-) -> Any:
-    y = layer(*args, **kwargs)
-    if context.method_name != "__call__":
-        return y
-    target = plan.by_path.get(context.module.path)
-    if target is None or not context.module.has_variable("params", ADAPTER):
-        return y
-    params = context.module.get_variable("params", ADAPTER)
-    x = args[0] if args else next(iter(kwargs.values()))
-    layout = target.layout
-    flat = target.method.apply(params, layout.flat_input(x), layout.flat_output(y))
-    return layout.output(flat, y.shape)
+class _Adapt:
+    """The interceptor of one run of a model."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        # What was computed together with another layer's update, until its own layer is called.
+        self._ready: dict[Path, tuple[Any, jax.Array]] = {}
+
+    def __call__(
+        self,
+        layer: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        context: nn.module.InterceptorContext,
+    ) -> Any:
+        y = layer(*args, **kwargs)
+        module = context.module
+        target = self._plan.by_path.get(module.path)
+        if context.method_name != "__call__" or target is None:
+            return y
+        params = _adapter(module)
+        if params is None:
+            return y
+        x = args[0] if args else next(iter(kwargs.values()))
+        layout = target.layout
+        update = self._take(target, x)
+        if update is None:
+            update = self._together(module, target, params, x)
+        flat = layout.flat_output(y)
+        if update is None:
+            flat = target.method.apply(params, layout.flat_input(x), flat)
+        else:
+            flat = flat + update.astype(flat.dtype)
+        return layout.output(flat, y.shape)
+
+    def _take(self, target: Target, x: Any) -> jax.Array | None:
+        """The update that an earlier layer's call left for this input."""
+        known, update = self._ready.pop(target.path, (None, None))
+        return update if known is x else None
+
+    def _together(
+        self, module: nn.Module, target: Target, params: Params, x: Any
+    ) -> jax.Array | None:
+        """This layer's update, leaving those of the layers that will read the same input."""
+        together = [(target, params)]
+        for other in self._plan.readers.get(target.layout.source, ()):
+            sibling = other.path != target.path and other.path[:-1] == target.path[:-1]
+            if sibling and (theirs := _adapter(module.parent, other.path[-1])) is not None:
+                together.append((other, theirs))
+        if len(together) == 1:
+            return None
+        updates = target.method.updates(
+            [adapter for _, adapter in together],
+            target.layout.flat_input(x),
+            [reader.out_features for reader, _ in together],
+        )
+        if updates is None:
+            return None
+        for (reader, _), update in zip(together[1:], updates[1:], strict=True):
+            self._ready[reader.path] = (x, update)
+        return updates[0]
+
+
+def _adapter(module: nn.Module, *names: str) -> Params | None:
+    """The adapter that the parameters of a module, or of one inside it, hold."""
+    params = module.variables.get("params", {})
+    for name in (*names, ADAPTER):
+        params = params.get(name, {})
+    return params or None

@@ -1,7 +1,7 @@
 """Finding out how each layer of a linen model uses its kernel, by looking at what it computes."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ from flax.errors import FlaxError
 from jax.extend.core import Jaxpr, Literal, Var
 
 from circflax.tree import Layout, Path, Tree
-from circflax.tree._paths import flatten
+from circflax.tree._paths import flatten, join
 
 
 def find_layouts(run: Callable[[Tree], Any], params: Tree) -> dict[Path, Layout | str]:
@@ -45,6 +45,7 @@ def find_layouts(run: Callable[[Tree], Any], params: Tree) -> dict[Path, Layout 
     """
     leaves = flatten(params)
     found: dict[Path, Layout | str] = {}
+    readers = _Readers()
     examining = False
 
     def observe(
@@ -65,6 +66,7 @@ def find_layouts(run: Callable[[Tree], Any], params: Tree) -> dict[Path, Layout 
                 if path not in leaves:
                     # A model may apply a module by hand, as a tied head: not at its own path.
                     continue
+                readers.add(path, args[0] if args else next(iter(kwargs.values()), None))
                 layout = _layout(module, own, name, args, kwargs, tuple(leaves[path].shape))
                 if found.setdefault(path, layout) != layout:
                     found[path] = "it is called in two ways that use its kernel differently"
@@ -78,7 +80,41 @@ def find_layouts(run: Callable[[Tree], Any], params: Tree) -> dict[Path, Layout 
             "`run` called no linen module with these parameters: give the function itself, not one"
             " that `jax.jit` has compiled before."
         )
+    for path, source in readers.sources().items():
+        if isinstance(found[path], Layout):
+            found[path] = replace(found[path], source=source)
     return found
+
+
+class _Readers:
+    """Which layers of one module read the very same array."""
+
+    def __init__(self) -> None:
+        self._inputs: list[tuple[Path, Any]] = []
+        self._paths: list[list[Path]] = []
+
+    def add(self, path: Path, x: Any) -> None:
+        """Notes that the layer of a kernel reads an input."""
+        module = path[:-2]
+        for (known, array), paths in zip(self._inputs, self._paths, strict=True):
+            if array is x and known == module:
+                paths.append(path)
+                return
+        self._inputs.append((module, x))
+        self._paths.append([path])
+
+    def sources(self) -> dict[Path, str]:
+        """The name of the first layer that reads the same, for those that always read together."""
+        groups: dict[Path, set[tuple[Path, ...]]] = {}
+        for paths in self._paths:
+            together = tuple(dict.fromkeys(paths))
+            for path in together:
+                groups.setdefault(path, set()).add(together)
+        return {
+            path: join(min(together)[0][:-1])
+            for path, together in groups.items()
+            if len(together) == 1 and len(min(together)) > 1
+        }
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import abc
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -56,6 +56,21 @@ class Method(abc.ABC):
         Returns:
             Shape `(..., out_features)`, in the dtype of `x` if that is floating.
         """
+
+    def updates(
+        self, params: Sequence[Params], x: jax.Array, out_features: Sequence[int]
+    ) -> Sequence[jax.Array] | None:
+        """What several adapters of this method add to their layers' outputs, from one input.
+
+        Args:
+            params: arrays of each adapter.
+            x: the input of all, `(..., in_features)`.
+            out_features: width of each layer's output.
+
+        Returns:
+            The update of each, or None where computing them together saves nothing.
+        """
+        return None
 
     @abc.abstractmethod
     def delta(self, params: Params, in_features: int, out_features: int) -> jax.Array:

@@ -1,5 +1,6 @@
 """BCA: block circulant adapter (arXiv 2505.00582)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -65,8 +66,13 @@ class BCA(Method):
         return {"c": ops.block_circulant_projection(kernel.T.astype(jnp.float32), p)}
 
     def update(self, params: Params, x: jax.Array, out_features: int) -> jax.Array:
-        c = self.scale * params["c"]
-        return ops.block_circulant_product(c, x, out_features=out_features)
+        return self.updates([params], x, [out_features])[0]
+
+    def updates(
+        self, params: Sequence[Params], x: jax.Array, out_features: Sequence[int]
+    ) -> Sequence[jax.Array]:
+        kernels = [self.scale * each["c"] for each in params]
+        return ops.block_circulant_products(kernels, x, out_features)
 
     def delta(self, params: Params, in_features: int, out_features: int) -> jax.Array:
         matrix = ops.block_circulant_matrix(self.scale * params["c"])

@@ -1,6 +1,7 @@
 """C3A: circular convolution adaptation (arXiv 2407.19342)."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -71,8 +72,13 @@ class C3A(Method):
         return {"w": w}
 
     def update(self, params: Params, x: jax.Array, out_features: int) -> jax.Array:
-        w = params["w"] / x.shape[-1]
-        return ops.block_circulant_product(w, x, convention="row")
+        return self.updates([params], x, [out_features])[0]
+
+    def updates(
+        self, params: Sequence[Params], x: jax.Array, out_features: Sequence[int]
+    ) -> Sequence[jax.Array]:
+        kernels = [each["w"] / x.shape[-1] for each in params]
+        return ops.block_circulant_products(kernels, x, out_features, convention="row")
 
     def delta(self, params: Params, in_features: int, out_features: int) -> jax.Array:
         return ops.block_circulant_matrix(params["w"] / in_features, convention="row").T

@@ -14,7 +14,11 @@ from circflax.ops._choice import (
     default_strategy,
     estimate_costs,
 )
-from circflax.ops._circulant import block_circulant_product, circulant_product
+from circflax.ops._circulant import (
+    block_circulant_product,
+    block_circulant_products,
+    circulant_product,
+)
 from circflax.ops._circulant_diagonal import (
     circulant_diagonal_matrix,
     circulant_diagonal_product,
@@ -33,6 +37,7 @@ __all__ = [
     "Strategy",
     "block_circulant_matrix",
     "block_circulant_product",
+    "block_circulant_products",
     "block_circulant_projection",
     "choose_form",
     "circulant_diagonal_matrix",

@@ -88,7 +88,7 @@ class Rates:
 # Fitted by `python -m benchmarks --calibrate`, to measured times on CPU (2 cores, AVX-512) and to
 # the TPU compiler's estimates (v5e); data sheets' figures for GPUs (H100).
 RATES = {
-    "cpu": Rates(matrix=1.9e11, transform=2.2e10, vector=1.5e10, memory=1.6e10),
+    "cpu": Rates(matrix=1.9e11, transform=math.inf, vector=2.7e10, memory=9.1e9),
     "tpu": Rates(matrix=1.5e14, transform=4.6e11, vector=2.0e12, memory=3.0e11),
     "cuda": Rates(matrix=4.0e14, transform=2.0e13, vector=2.0e13, memory=2.5e12),
 }
@@ -102,6 +102,8 @@ _default: ContextVar[Strategy | None] = ContextVar("strategy", default=None)
 @contextmanager
 def default_strategy(strategy: Strategy | None) -> Iterator[None]:
     """Computes all products traced inside, where no other is asked for, with one strategy.
+
+    JAX does not know of it: a function that was traced before is not traced again for it.
 
     Args:
         strategy: the strategy; None changes nothing.

@@ -1,8 +1,10 @@
 """Products of circulant and block-circulant matrices with batches of vectors."""
 
+from collections.abc import Sequence
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 
 from circflax.ops._checks import (
     Convention,
@@ -127,6 +129,66 @@ def block_circulant_product(
             f" `out_features` = {out_features}."
         )
     return _product(kernel, x, convention, out_features, strategy)
+
+
+def block_circulant_products(
+    kernels: Sequence[jax.Array],
+    x: jax.Array,
+    out_features: Sequence[int],
+    *,
+    convention: Convention = "column",
+    strategy: Strategy | None = None,
+) -> list[jax.Array]:
+    """Multiplies several block-circulant matrices with the same batch of vectors.
+
+    The vectors are transformed once for all matrices, and the sum of their gradients is transformed
+    back once. Where the matrices have no common size of blocks, each is multiplied by itself.
+
+    Args:
+        kernels: each of shape `(out_blocks, in_blocks, block)`, floating.
+        x: as in `block_circulant_product`.
+        out_features: number of rows of each matrix.
+        convention: as in `block_circulant_product`.
+        strategy: as in `block_circulant_product`.
+
+    Returns:
+        For each matrix shape `(..., out_features)`, in the dtype of `x`.
+
+    Raises:
+        ValueError: if the shapes do not fit or the convention or strategy is unknown.
+        TypeError: if an operand is not of a real floating dtype.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from circflax import ops
+        >>> query, value = jnp.ones((2, 2, 4)), jnp.ones((1, 2, 4))
+        >>> ys = ops.block_circulant_products([query, value], jnp.ones((5, 8)), [8, 4])
+        >>> [y.shape for y in ys]
+        [(5, 8), (5, 4)]
+    """
+    for kernel in kernels:
+        check_kernel(kernel)
+    if len({kernel.shape[1:] for kernel in kernels}) > 1:
+        return [
+            block_circulant_product(
+                kernel, x, convention=convention, out_features=size, strategy=strategy
+            )
+            for kernel, size in zip(kernels, out_features, strict=True)
+        ]
+    block = kernels[0].shape[2]
+    rows = [kernel.shape[0] * block for kernel in kernels]
+    if len(kernels) == 1:
+        rows = list(out_features)
+    y = block_circulant_product(
+        jnp.concatenate(kernels),
+        x,
+        convention=convention,
+        out_features=sum(rows),
+        strategy=strategy,
+    )
+    starts = [sum(rows[:i]) for i in range(len(rows))]
+    ends = [start + size for start, size in zip(starts, out_features, strict=True)]
+    return [y[..., start:end] for start, end in zip(starts, ends, strict=True)]
 
 
 @partial(jax.jit, static_argnums=(2, 3, 4))

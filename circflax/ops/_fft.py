@@ -1,5 +1,7 @@
 """Block-circulant products by real fast Fourier transforms, in float32 or wider."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -52,7 +54,11 @@ def _contract(weights: jax.Array, x: jax.Array) -> jax.Array:
 def _correlate(g: jax.Array, x: jax.Array) -> jax.Array:
     """Sums `g conj(x)` of `(t, o, f)` and `(t, i, f)` over the tokens to `(o, i, f)`."""
     if g.shape[1] == x.shape[1] == 1:
-        return jnp.sum(g * x.conj(), axis=0, keepdims=True)
+        # Some products are summed as they are made: XLA would write them all out before summing.
+        parts = math.gcd(g.shape[0], 8)
+        shape = g.shape[0] // parts, parts, g.shape[2]
+        g, x = g.reshape(shape), x.reshape(shape)
+        return jnp.sum(sum(g[:, i] * x[:, i].conj() for i in range(parts)), axis=0)[None, None]
     o, i = g.shape[1], x.shape[1]
     pairs = jnp.einsum("tof,tif->oif", _stack(g), _stack(x), precision="highest")
     real = pairs[:o, :i] + pairs[o:, i:]

@@ -162,7 +162,8 @@ def _evaluate(
 ) -> jax.Array:
     if operands[0].ndim > _RANKS[names[0]]:
         params = dict(names=names, wrt=wrt, shape=shape, dtype=dtype, strategy=strategy)
-        return jax.vmap(partial(_evaluate, platform, partitioned, **params))(*operands)
+        # Kernels run one at a time: batches of them are left to XLA, as divided ones are.
+        return jax.vmap(partial(_evaluate, platform, True, **params))(*operands)
     arguments = dict(zip(names, operands, strict=True))
     x, g = arguments.get("x"), arguments.get("g")
     tokens, token_dtype = (g.shape[0], g.dtype) if x is None else (x.shape[0], x.dtype)

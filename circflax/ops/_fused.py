@@ -19,8 +19,10 @@ from jax.experimental.pallas import tpu as pltpu
 from circflax.ops._choice import LANES
 from circflax.ops._dft import diagonals
 
+# A tile of tokens has as many as this, and with both sides as many numbers as this, at most.
 _TOKENS = 256
-_VMEM_BYTES = 96 * 2**20
+_NUMBERS = 2**21
+_VMEM_BYTES = 64 * 2**20
 
 
 def product(
@@ -163,8 +165,8 @@ def _call(
 ) -> jax.Array:
     """Runs `body` on all of `whole` and a tile of `tokens` at a time."""
     count = tokens[0].shape[0]
-    tile = math.gcd(count, _TOKENS)
     summed = out.shape[0] != count
+    tile = tile_size(count, *(array.shape[1] for array in (tokens if summed else [*tokens, out])))
     tiles = [pl.BlockSpec((tile, array.shape[1]), lambda i: (i, 0)) for array in tokens]
     every = [pl.BlockSpec(array.shape, lambda i, n=array.ndim: (0,) * n) for array in whole]
     if summed:
@@ -182,6 +184,14 @@ def _call(
         interpret=interpret,
         name=f"circulant_{name}",
     )(*whole, *tokens)
+
+
+def tile_size(tokens: int, *widths: int) -> int:
+    """How many tokens a kernel reads at a time."""
+    tile = math.gcd(tokens, _TOKENS)
+    while tile % 32 == 0 and tile * sum(widths) > _NUMBERS:
+        tile //= 2
+    return tile
 
 
 def _zero_at_first(sums) -> None:

@@ -1,7 +1,7 @@
 """How a layer's kernel is read as a matrix."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -19,6 +19,8 @@ class Layout:
             front), "in" (contracted with the input) or "out" (appears in the output).
         x_axes: the input's axes that the "in" axes contract with, counted from the end.
         y_axes: the output's axes that the "out" axes become, counted from the end.
+        source: the name of the first layer of its module that reads the very same input, where
+            several do, as query, key and value.
 
     Example:
         >>> Layout.parse("in,out")  # nn.Dense
@@ -30,6 +32,7 @@ class Layout:
     roles: tuple[str, ...]
     x_axes: tuple[int, ...]
     y_axes: tuple[int, ...]
+    source: str | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         layers = self.roles.count("layer")
@@ -93,12 +96,14 @@ class Layout:
 
     def to_json(self) -> dict[str, Any]:
         """The layout as JSON can hold it."""
-        return {"roles": ",".join(self.roles), "x_axes": self.x_axes, "y_axes": self.y_axes}
+        axes = {"x_axes": self.x_axes, "y_axes": self.y_axes}
+        return {"roles": ",".join(self.roles), **axes, "source": self.source}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "Layout":
         """Reads what `to_json` wrote."""
-        return cls(tuple(data["roles"].split(",")), tuple(data["x_axes"]), tuple(data["y_axes"]))
+        axes = tuple(data["x_axes"]), tuple(data["y_axes"])
+        return cls(tuple(data["roles"].split(",")), *axes, data.get("source"))
 
     def _order(self) -> list[int]:
         """The kernel's axes with layers first, inputs next and outputs last."""

@@ -142,6 +142,19 @@ class Plan:
         """The targets by their module's path."""
         return {target.path: target for target in self.targets}
 
+    @cached_property
+    def readers(self) -> Mapping[str, tuple[Target, ...]]:
+        """The targets of one method that read the same input, by the first one's name."""
+        groups: dict[str, list[Target]] = {}
+        for target in self.targets:
+            if target.layout.source is not None:
+                groups.setdefault(target.layout.source, []).append(target)
+        return {
+            source: tuple(targets)
+            for source, targets in groups.items()
+            if len(targets) > 1 and len({(t.method, t.layout.x_axes) for t in targets}) == 1
+        }
+
     def learning_rates(self) -> dict[str, Any]:
         """Factors on the learning rate, as a tree like the adapters': the methods' own rules.
 

@@ -127,6 +127,18 @@ def test_inspect_fits_a_terminal(bert, tmp_path, capsys) -> None:
     assert "bert/encoder/layer/0/attention/self/query" in out
 
 
+def test_inspect_shows_what_products_cost(bert, tmp_path, capsys) -> None:
+    assert main(["inspect", str(tmp_path / "adapter"), "--costs", "--tokens", "512"]) == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80
+    assert "512 tokens" in out and f"{len(bert.plan.targets)} × 1 × 1 blocks of" in out
+    for platform in ("cpu", "tpu", "cuda"):
+        lines = [line for line in out.splitlines() if line.split()[:1] == [platform]]
+        assert len(lines) == 2 and all(line.count("*") == 1 for line in lines)
+    assert main(["inspect", str(tmp_path / "adapter"), "--costs", "--tokens", "0"]) == 2
+    assert "--tokens" in capsys.readouterr().err
+
+
 def damage(directory: Path, what: str) -> None:
     weights, config = directory / "adapter_model.safetensors", directory / "adapter_config.json"
     match what:

@@ -1,0 +1,109 @@
+"""The benchmarks run, say what they measured, and go on where they ended."""
+
+import importlib.util
+import json
+
+import pytest
+
+from benchmarks.__main__ import main
+from benchmarks.calibrate import main as calibrate
+from benchmarks.results import Results, markdown_table
+from benchmarks.timing import time_interleaved
+
+
+def test_layers_are_measured_once(tmp_path, capsys) -> None:
+    path = tmp_path / "results" / "layer.json"
+    arguments = ["--suite", "layer", "--quick", "--json", str(path)]
+    assert main(arguments) == 0
+    first = capsys.readouterr().out
+    names = {record["name"] for record in json.loads(path.read_text())["records"]}
+    assert {"frozen", "lora r=8", "c3a fft", "c3a dft", "c3a dense", "cdvft fft"} <= names
+    assert "512 × 384, 128 f32" in first and "c3a* / lora" in first
+    before = path.read_bytes()
+    assert main(arguments) == 0
+    assert path.read_bytes() == before
+    assert capsys.readouterr().out.splitlines()[-1] == first.splitlines()[-1]
+
+
+def test_calibration_reads_what_was_measured(tmp_path, capsys) -> None:
+    path = tmp_path / "layer.json"
+    main(["--suite", "layer", "--quick", "--json", str(path)])
+    assert calibrate([str(path)]) == 0
+    assert '"cpu": Rates(matrix=' in capsys.readouterr().out
+
+
+def test_merging_is_measured(capsys) -> None:
+    assert main(["--suite", "merge", "--quick"]) == 0
+    assert "512 × 512, bfloat16" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_training_steps_of_every_method_are_measured(tmp_path, capsys) -> None:
+    assert main(["--suite", "step", "--quick", "--json", str(tmp_path / "step.json")]) == 0
+    table = capsys.readouterr().out
+    for name in ("frozen + head", "biases", "cdvft", "c3a", "bca", "lora"):
+        assert f"| {name} " in table
+
+
+def test_growth_is_drawn(tmp_path, monkeypatch) -> None:
+    from benchmarks import growth
+
+    case = {"tokens": 8, "features": 8, "block": 8, "dtype": "float32"}
+    records = [
+        {"suite": "growth", "case": {**case, "axis": axis, axis: size}, "name": "c3a fft"}
+        | {"median": 0.001 * size}
+        for axis in growth.AXES
+        for size in (8, 16)
+    ]
+    paths = growth.plot(records, tmp_path)
+    assert len(paths) == len(growth.AXES)
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
+
+
+def test_suites_that_this_machine_cannot_run(capsys, monkeypatch) -> None:
+    assert main(["--suite", "gpu", "--quick"]) == 2
+    assert "needs a GPU that JAX can use" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is not None, reason="the TPU compiler is installed"
+)
+def test_without_the_tpu_compiler(capsys) -> None:
+    import jax
+
+    from benchmarks import tpu
+
+    with pytest.raises(ValueError, match=r"circflax\[tpu-compiler\]"):
+        tpu.estimate(tpu.CHIPS["v5e"], lambda x: x, [jax.ShapeDtypeStruct((8,), float)])
+
+
+def test_a_file_of_something_else(tmp_path) -> None:
+    path = tmp_path / "other.json"
+    for content in ("{", "[]", '{"machine": {}}'):
+        path.write_text(content)
+        with pytest.raises(ValueError, match="does not hold benchmark results"):
+            Results(path)
+
+
+def test_slow_functions_run_less_often() -> None:
+    calls = {"slow": 0, "fast": 0}
+
+    def count(name: str, seconds: float):
+        import time
+
+        def run() -> None:
+            calls[name] += 1
+            time.sleep(seconds)
+
+        return run
+
+    timings = time_interleaved(
+        {"slow": count("slow", 0.05), "fast": count("fast", 0.0)}, rounds=6, budget=0.06
+    )
+    assert timings["slow"].runs == 2 and timings["fast"].runs == 6
+    assert calls == {"slow": 3, "fast": 7}
+
+
+def test_tables_line_up() -> None:
+    lines = markdown_table(["a", "b"], [["long name", "1"], ["x", "22"]]).splitlines()
+    assert len({len(line) for line in lines}) == 1
