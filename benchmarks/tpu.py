@@ -8,17 +8,16 @@ what moving their operands takes, whichever is more.
 import math
 import os
 import re
-import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.results import Record, Results, markdown_table
-
-_DUMP = Path(tempfile.gettempdir()) / "circflax-tpu-schedules"
 
 
 class Chip(NamedTuple):
@@ -54,8 +53,6 @@ def set_environment() -> None:
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_WORKER_ID": "0",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        # The schedules of kernels come in text files alone.
-        "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={_DUMP} --xla_jf_dump_llo_text=true",
     }
 
 
@@ -83,6 +80,21 @@ def estimate(chip: Chip, function: Callable[..., Any], arguments: Sequence[Any])
     Raises:
         ValueError: if the TPU compiler is not installed.
     """
+    compiled, seconds = _compile(chip, function, arguments)
+    program = compiled.as_text()
+    cycles = _program_cycles(program) + _kernel_cycles(program, chip)
+    return Estimate(
+        cycles=cycles,
+        seconds=cycles / chip.clock,
+        peak=compiled.memory_analysis().peak_memory_in_bytes,
+        bytes=compiled.cost_analysis().get("bytes accessed", 0.0),
+        compile=seconds,
+    )
+
+
+def _compile(
+    chip: Chip, function: Callable[..., Any], arguments: Sequence[Any]
+) -> tuple[Any, float]:
     import jax
     import numpy as np
     from jax.experimental import topologies
@@ -102,22 +114,10 @@ def estimate(chip: Chip, function: Callable[..., Any], arguments: Sequence[Any])
     arguments = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), arguments
     )
-    shutil.rmtree(_DUMP, ignore_errors=True)
-    _DUMP.mkdir(parents=True)
     lowered = jax.jit(function).lower(*arguments)
     start = time.perf_counter()
     compiled = lowered.compile()
-    seconds = time.perf_counter() - start
-    program = compiled.as_text()
-    cycles = _program_cycles(program) + _kernel_cycles(program, chip)
-    shutil.rmtree(_DUMP)
-    return Estimate(
-        cycles=cycles,
-        seconds=cycles / chip.clock,
-        peak=compiled.memory_analysis().peak_memory_in_bytes,
-        bytes=compiled.cost_analysis().get("bytes accessed", 0.0),
-        compile=seconds,
-    )
+    return compiled, time.perf_counter() - start
 
 
 def _program_cycles(program: str) -> int:
@@ -135,36 +135,85 @@ def _kernel_cycles(program: str, chip: Chip) -> float:
     """Cycles of the library's own kernels: by their schedules, or by their traffic if more."""
     from circflax.ops import _fused
 
-    bundles = {}
-    for path in _DUMP.glob("*schedule-analysis_final_bundles.txt"):
-        name = re.fullmatch(r"\d+-(.*)-\d+-schedule-analysis_final_bundles", path.stem)[1]
-        bundles[name] = int(re.search(r"total scheduled bundles:\s*(\d+)", path.read_text())[1])
+    name_of = {chip: name for name, chip in CHIPS.items()}
     cycles = 0.0
     for line in program.splitlines():
         if 'custom_call_target="tpu_custom_call"' not in line:
             continue
-        name = re.search(r"%([\w.\-]+) = ", line)[1]
+        kernel = re.search(r"%circulant_([a-z_]+)", line)[1]
         shapes = [
             (kind, tuple(map(int, sizes.split(","))))
             for kind, sizes in re.findall(r"(bf16|f32)\[([\d,]+)\]", line.split("metadata=")[0])
         ]
-        widths = [sizes for kind, sizes in shapes if kind == "bf16"]
-        tokens = widths[0][0]
-        matrices = max(sizes[0] for kind, sizes in shapes if kind == "f32" and sizes[-1] == 256)
-        steps = tokens // _fused.tile_size(tokens, *(sizes[1] for sizes in widths))
+        tokens = next(sizes[0] for kind, sizes in shapes if kind == "bf16")
+        widths = [sizes[1] for kind, sizes in shapes if kind == "bf16"]
+        matrices = max(sizes[0] for kind, sizes in shapes if sizes[-1] == 2 * _fused.LANES)
+        block = widths[0] * widths[1] // (64 * matrices)
+        # The product's result comes before its operand, the other kernels' x before g.
+        out_features, in_features = widths if kernel == "product" else reversed(widths)
+        schedule = _schedule(name_of[chip], kernel, tokens, out_features, in_features, block)
+        steps = tokens // _fused.tile_size(tokens, *widths)
         traffic = sum({"bf16": 2, "f32": 4}[kind] * math.prod(sizes) for kind, sizes in shapes)
         cycles += max(
-            steps * bundles[name] + matrices * _BUNDLES_OF_LOOP,
+            steps * schedule + matrices * _BUNDLES_OF_LOOP,
             traffic / chip.bandwidth * chip.clock,
         )
     return cycles
+
+
+@lru_cache
+def _schedule(
+    chip: str, kernel: str, tokens: int, out_features: int, in_features: int, block: int
+) -> int:
+    """Bundles of the schedule of one kernel for one tile, compiled in a process of its own.
+
+    Schedules come in text files alone, which the compiler writes for everything or for nothing.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        flags = f"--xla_jf_dump_to={directory} --xla_jf_dump_llo_text=true"
+        sizes = map(str, (tokens, out_features, in_features, block))
+        subprocess.run(
+            [sys.executable, "-m", "benchmarks.tpu", chip, kernel, *sizes],
+            env={**os.environ, "LIBTPU_INIT_ARGS": flags},
+            check=True,
+            capture_output=True,
+        )
+        pattern = f"*-circulant_{kernel}*schedule-analysis_final_bundles.txt"
+        (path,) = Path(directory).glob(pattern)
+        return int(re.search(r"total scheduled bundles:\s*(\d+)", path.read_text())[1])
+
+
+def _compile_kernel(
+    chip: str, kernel: str, tokens: int, out_features: int, in_features: int, block: int
+) -> None:
+    import jax
+    import jax.numpy as jnp
+
+    from circflax.ops import _fused
+
+    c = jax.ShapeDtypeStruct((out_features // block, in_features // block, block), jnp.float32)
+    left, right = (jax.ShapeDtypeStruct((n,), jnp.float32) for n in (out_features, in_features))
+    x, g = (jax.ShapeDtypeStruct((tokens, n), jnp.bfloat16) for n in (in_features, out_features))
+    functions = {
+        "product": (_fused.product, (c, x, left, right)),
+        "inner_product": (_fused.inner_product, (c, x, g, right)),
+        "correlation": (_correlation(block), (x, g, left, right)),
+    }
+    function, arguments = functions[kernel]
+    _compile(CHIPS[chip], partial(function, interpret=False), arguments)
+
+
+def _correlation(block: int) -> Callable[..., Any]:
+    from circflax.ops import _fused
+
+    return lambda x, g, left, right, **how: _fused.correlation(x, g, block, left, right, **how)
 
 
 def grid(quick: bool) -> list[Record]:
     """The cases: single layers, then training steps."""
     from benchmarks import steps
 
-    shapes = [(4096, 768, 768), (4096, 768, 128), (4096, 4096, 4096), (4096, 4096, 1024)]
+    shapes = [(4096, 768, 768), (4096, 768, 128), (4096, 4096, 4096)]
     layers = [
         {"tokens": tokens, "features": features, "block": block, "dtype": "bfloat16"}
         for tokens, features, block in shapes
@@ -203,9 +252,9 @@ def _layers(case: Record) -> Mapping[str, tuple]:
     programs = {"frozen": (layers.frozen_gradient, (kernel, x, x), False)}
     for name, update, shapes in layers.updates(case, "tpu"):
         method, _, strategy = name.partition(" ")
-        # FFTs take minutes to compile: one is enough to see what they would cost.
-        square = case["block"] == features and case["chip"] == "v5e"
-        if (strategy == "fft" and not (square and method == "c3a")) or name == "cdvft dft":
+        # These take minutes to compile: the narrow layer alone shows what they cost.
+        slow = strategy in ("fft", "dft")
+        if slow and (case["chip"], case["block"], method) != ("v5e", 768, "c3a"):
             continue
         function = partial(layers.gradient, update)
         programs[name] = (function, (shapes, x, x), name.endswith(f" {chosen}"))
@@ -249,3 +298,7 @@ def table(records: Sequence[Record]) -> str:
         rows_table = markdown_table([*header, "compile s", f"/ {base_name}"], rows)
         sections.append(f"{title}\n\n{rows_table}")
     return "\n\n".join(sections)
+
+
+if __name__ == "__main__":
+    _compile_kernel(*sys.argv[1:3], *map(int, sys.argv[3:]))

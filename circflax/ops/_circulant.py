@@ -78,8 +78,9 @@ def block_circulant_product(
     first column or first row. Where the block does not divide a width, the last blocks reach
     beyond the matrix: they see zeros, and what they give beyond `out_features` is cut off.
 
-    FFTs run in float32 at least, whatever the dtype of `x`. Matrix products have operands in the
-    dtype of `x` (on CPU at least float32), as the layer's own product has, and sum in float32.
+    FFTs run in float32 at least, whatever the dtype of `x`: the result is rounded once. Matrix
+    products have operands in the dtype of `x` (on CPU at least float32), as the layer's own product
+    has; in bfloat16 the relative error is at most twice that of LoRA's product in bfloat16.
     Differentiation in either mode and to any order works; reverse mode keeps only `kernel` and
     `x`.
 
