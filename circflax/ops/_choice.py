@@ -32,7 +32,8 @@ class Product:
         block: size of the circulant blocks.
         dtype: of the vectors.
         platform: "cpu", "tpu", "cuda" or "rocm".
-        partitioned: whether XLA divides the program among devices, which it can't do to a kernel.
+        partitioned: whether XLA divides the program among devices; it gathers the vectors of FFTs
+            and kernels then.
     """
 
     tokens: int
@@ -174,7 +175,7 @@ def choose_form(product: Product, strategy: Strategy | None = None) -> Form:
 def estimate_costs(product: Product) -> dict[Form, float]:
     """Estimated seconds of a product with its gradients, for each way that can compute it.
 
-    `fused` costs infinitely much where it would be interpreted, or gather divided vectors.
+    What would gather divided vectors, or be interpreted, costs infinitely much.
 
     Args:
         product: what is computed.
@@ -192,13 +193,19 @@ def estimate_costs(product: Product) -> dict[Form, float]:
     forms = [Form("fft"), Form("dense")]
     # A transform of length 1 would be the dense form again, save in blocks of 1.
     forms += [Form("dft", length) for length in _divisors(product.block)[1:] or [1]]
-    costs = {form: _seconds(product, form, rates) for form in forms}
     length = fused_length(product)
     if length is not None:
-        form = Form("fused", length)
-        runs = product.platform == "tpu" and not product.partitioned
-        costs[form] = _seconds(product, form, rates) if runs else math.inf
-    return costs
+        forms.append(Form("fused", length))
+    return {
+        form: _seconds(product, form, rates) if _suits(product, form) else math.inf
+        for form in forms
+    }
+
+
+def _suits(product: Product, form: Form) -> bool:
+    if form.strategy == "fused" and product.platform != "tpu":
+        return False
+    return not (product.partitioned and form.strategy in ("fft", "fused"))
 
 
 def fused_length(product: Product) -> int | None:

@@ -1,6 +1,9 @@
 """The choice of a strategy: what it depends on, and what overrides it."""
 
 import math
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -41,11 +44,37 @@ def test_wide_layers_choose_by_platform() -> None:
     assert ops.choose_form(product(*shape, platform="cuda")).strategy in ("dft", "dense")
 
 
-def test_kernels_are_not_divided_among_devices() -> None:
+@pytest.mark.parametrize("platform", ops.PLATFORMS)
+def test_what_would_gather_divided_vectors_is_not_chosen(platform: str) -> None:
     shape = (4096, 1, 1, 4096)
-    divided = product(*shape, platform="tpu", partitioned=True)
-    assert ops.choose_form(divided).strategy != "fused"
+    divided = product(*shape, platform=platform, partitioned=True)
+    assert ops.choose_form(divided).strategy in ("dft", "dense")
     assert ops.choose_form(product(*shape, platform="cpu")).strategy != "fused"
+
+
+def test_vectors_divided_among_devices_are_not_gathered() -> None:
+    code = """
+import re, jax, jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec as P
+from circflax import ops
+mesh = jax.make_mesh((2,), ("data",))
+kernel, x = jnp.arange(16.0).reshape(1, 2, 8), jnp.arange(128.0).reshape(8, 16)
+divided = jax.device_put(x, NamedSharding(mesh, P("data")))
+whole = jax.device_put(kernel, NamedSharding(mesh, P()))
+loss = jax.jit(jax.value_and_grad(lambda k, x: jnp.sum(ops.block_circulant_product(k, x) ** 2)))
+assert jnp.allclose(loss(whole, divided)[1], loss(kernel, x)[1], rtol=1e-5)
+program = loss.lower(whole, divided).compile().as_text()
+assert "all-gather" not in program and "all-reduce" in program
+shard = jax.shard_map(ops.block_circulant_product, mesh=mesh, in_specs=(P(), P("data")),
+                      out_specs=P("data"))
+assert jnp.allclose(jax.jit(shard)(whole, divided), ops.block_circulant_product(kernel, x))
+"""
+    flags = "--xla_force_host_platform_device_count=2"
+    subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        check=True,
+    )
 
 
 def test_the_choice_does_not_change_results() -> None:
