@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from rich.progress import track
 
 import circflax as cf
-from benchmarks.results import Record, Results, markdown_table, milliseconds
+from benchmarks.results import Record, Results, by_case, markdown_table, milliseconds
 from benchmarks.timing import time_interleaved
 from circflax import ops
 
@@ -131,10 +131,8 @@ def _update(
 def table(records: Sequence[Record]) -> str:
     """Times in ms and ratios, a row a case; what the library chooses is starred."""
     names = dict.fromkeys(record["name"] for record in records)
-    cases = {str(record["case"]): record["case"] for record in records}
     rows = []
-    for case in cases.values():
-        of = {record["name"]: record for record in records if record["case"] == case}
+    for case, of in by_case(records):
         chosen = [record for record in of.values() if record.get("chosen")]
         ours = next((r["median"] for r in chosen if r["name"].startswith("c3a")), None)
         cells = []

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import circflax as cf
-from benchmarks.results import Record, Results, markdown_table, milliseconds
+from benchmarks.results import Record, Results, by_case, markdown_table, milliseconds
 from benchmarks.timing import time_interleaved
 
 FILE = "write to a file and read it"
@@ -59,8 +59,7 @@ def _merged(method: cf.methods.Method, params: cf.methods.Params, kernel: jax.Ar
 def table(records: Sequence[Record]) -> str:
     """Times of one kernel, and how they compare with copying it and with a file of it."""
     sections, header = [], ["merge", "ms", "/ copy", "/ file"]
-    for case in {str(record["case"]): record["case"] for record in records}.values():
-        of = {record["name"]: record for record in records if record["case"] == case}
+    for case, of in by_case(records):
         rows = [
             [
                 name,

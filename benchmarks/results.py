@@ -53,6 +53,15 @@ class Results:
             partial.replace(self._path)
 
 
+def by_case(records: Sequence[Record]) -> list[tuple[Record, dict[str, Record]]]:
+    """The cases in their order, each with its records by name."""
+    cases = {str(record["case"]): record["case"] for record in records}
+    return [
+        (case, {record["name"]: record for record in records if record["case"] == case})
+        for case in cases.values()
+    ]
+
+
 def describe_machine() -> dict[str, str]:
     """What the numbers depend on, in words."""
     device = jax.devices()[0]

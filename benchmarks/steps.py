@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from rich.progress import track
 
 import circflax as cf
-from benchmarks.results import Record, Results, markdown_table, milliseconds
+from benchmarks.results import Record, Results, by_case, markdown_table, milliseconds
 from benchmarks.timing import time_interleaved
 from train.config import OptimConfig
 from train.optimizer import make_optimizer
@@ -162,8 +162,7 @@ def _runner(compiled: Any, state: TrainState, base: Any, batch: Any) -> Callable
 def table(records: Sequence[Record]) -> str:
     """Step time, peak memory and time to compile, with ratios to LoRA's and to biases only."""
     sections = []
-    for case in {str(record["case"]): record["case"] for record in records}.values():
-        of = {record["name"]: record for record in records if record["case"] == case}
+    for case, of in by_case(records):
         lora, biases = of["lora"], of[BIASES]
         rows = [
             [

@@ -17,7 +17,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.results import Record, Results, markdown_table
+from benchmarks.results import Record, Results, by_case, markdown_table
 
 
 class Chip(NamedTuple):
@@ -274,8 +274,7 @@ def table(records: Sequence[Record]) -> str:
     from benchmarks.steps import BIASES
 
     sections = []
-    for case in {str(record["case"]): record["case"] for record in records}.values():
-        of = {record["name"]: record for record in records if record["case"] == case}
+    for case, of in by_case(records):
         lora = of.get(LORA) or of["lora"]
         base = of.get(BIASES) or of["frozen"]
         rows = [
