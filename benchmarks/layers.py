@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,6 @@ from circflax import ops
 Update = Callable[[cf.methods.Params, jax.Array], jax.Array]
 
 LORA = "lora r=8"
-STRATEGIES = ("fft", "dft", "dense", "fused")
 
 
 def grid(quick: bool) -> list[Record]:
@@ -82,7 +82,7 @@ def updates(
     found = [(LORA, partial(_update, lora, None), lora.shapes(features, features))]
     costs = ops.estimate_costs(product_of(case, platform))
     for method in (cf.C3A(b=block), cf.CDVFT(p=block)):
-        for strategy in STRATEGIES:
+        for strategy in get_args(ops.Strategy):
             seconds = [cost for form, cost in costs.items() if form.strategy == strategy]
             # Left out: what would be interpreted, and what would take seconds a run.
             if seconds and min(seconds) < 3.0:
