@@ -185,7 +185,9 @@ class AdapterConfig:
     """What is trained.
 
     Attributes:
-        method: Name of a method that circflax knows, or "full" or "none".
+        method: Name of a method that circflax knows; "lamda++" for LaMDA with ranks by the layers'
+            spectra; or, without adapters, "full" (all trains), "bitfit" (biases and the head) or
+            "none" (the head).
         hyperparameters: Hyperparameters of the method by name.
         targets: Names of the layers to adapt, or one regular expression.
         layers: Numbers of the blocks to adapt; None is all.

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -75,8 +76,22 @@ def make_optimizer(
     )
     return optax.chain(
         clip,
-        optax.scale_by_adam(config.b1, config.b2),
+        # Arrays that never train get no moments.
+        optax.masked(optax.scale_by_adam(config.b1, config.b2), plan.trainable()),
         optax.add_decayed_weights(config.weight_decay, mask=plan.decayed()),
         optax.stateless(lambda updates, _: jax.tree.map(lambda u, r: u * r, updates, rates)),
+        _scale_by_training(plan, steps),
         optax.scale_by_learning_rate(make_schedule(config, steps)),
     )
+
+
+def _scale_by_training(plan: Plan, steps: int) -> optax.GradientTransformation:
+    """Stops the updates of what methods freeze in the course of training."""
+
+    def update(updates: Any, state: optax.ScaleByScheduleState, _: Any = None) -> tuple[Any, Any]:
+        factors = plan.training(state.count / steps)
+        updates = jax.tree.map(lambda u, f: u * f, updates, factors)
+        return updates, optax.ScaleByScheduleState(optax.safe_increment(state.count))
+
+    init = optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))
+    return optax.GradientTransformation(lambda _: init, update)
