@@ -11,6 +11,7 @@ from rich.progress import track
 import circflax as cf
 from benchmarks.results import Record, Results, by_case, markdown_table, milliseconds
 from benchmarks.timing import time_interleaved
+from circflax.costs import peak_memory
 from train.config import OptimConfig
 from train.optimizer import make_optimizer
 from train.steps import TrainState, make_forward, make_train_step
@@ -25,6 +26,12 @@ MODELS = {
         "num_attention_heads": 12,
         "intermediate_size": 1536,
     },
+    "roberta-large": {
+        "hidden_size": 1024,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "intermediate_size": 4096,
+    },
 }
 HEAD, BIASES = "frozen + head", "biases"
 
@@ -33,7 +40,8 @@ def grid(quick: bool, dtype: str = "float32") -> list[Record]:
     """The cases of the suite `step`."""
     if quick:
         return [{"model": "minilm-l6", "batch": 2, "length": 16, "dtype": dtype}]
-    return [{"model": name, "batch": 16, "length": 128, "dtype": dtype} for name in MODELS]
+    models = ("roberta-base", "minilm-l6")
+    return [{"model": name, "batch": 16, "length": 128, "dtype": dtype} for name in models]
 
 
 class Step(NamedTuple):
@@ -50,16 +58,23 @@ class Step(NamedTuple):
     plan: cf.Plan
 
 
-def names() -> list[str]:
-    """The methods to measure: no adapter, biases only, and each that is registered."""
-    return [HEAD, BIASES, *cf.methods.METHODS]
+def adapters() -> dict[str, cf.AdapterConfig]:
+    """What to measure: no adapter, biases only, and each registered method on query and value."""
+    head = ("classifier",)
+    return {
+        HEAD: cf.AdapterConfig(train=head),
+        BIASES: cf.AdapterConfig(train=("classifier", "bias")),
+    } | {
+        name: cf.AdapterConfig(method=method(), targets=("query", "value"), train=head)
+        for name, method in cf.methods.METHODS.items()
+    }
 
 
-def make_step(case: Record, name: str) -> Step:
-    """The training step of one case by one method, from shapes alone.
+def make_step(case: Record, adapter: cf.AdapterConfig) -> Step:
+    """The training step of one case with one kind of adapter, from shapes alone.
 
-    The adapters are on query and value, the head trains, there is no dropout: its random numbers
-    would cost the same in all methods and hide what they differ by.
+    There is no dropout: its random numbers would cost the same in all methods and hide what they
+    differ by.
     """
     from transformers import FlaxRobertaForSequenceClassification, RobertaConfig
 
@@ -74,16 +89,9 @@ def make_step(case: Record, name: str) -> Step:
     key, ids = jax.random.key(0), (case["batch"], case["length"])
     base = jax.eval_shape(lambda key: model.init_weights(key, ids), key)
     base = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), base)
-    train = ("classifier", "bias") if name == BIASES else ("classifier",)
-    if name in (HEAD, BIASES):
-        plan = cf.make_plan(base, cf.AdapterConfig(train=train))
-    else:
-        tokens = jnp.zeros((1, 8), jnp.int32)
-        layouts = cf.linen.find_layouts(lambda params: model(tokens, params=params), base)
-        adapter = cf.AdapterConfig(
-            method=cf.make_method(name), targets=("query", "value"), train=train
-        )
-        plan = cf.make_plan(base, adapter, layouts)
+    tokens = jnp.zeros((1, 8), jnp.int32)
+    layouts = cf.linen.find_layouts(lambda params: model(tokens, params=params), base)
+    plan = cf.make_plan(base, adapter, layouts)
     optimizer = make_optimizer(OptimConfig(), plan, steps=100)
 
     def start(key: jax.Array, base: Any) -> TrainState:
@@ -106,8 +114,8 @@ def run(results: Results, suite: str, cases: Sequence[Record], rounds: int) -> N
     """Measures what is missing of a suite of training steps."""
     for case in results.missing(suite, cases):
         measured, functions, base = {}, {}, None
-        for name in track(names(), f"{case['model']}: compiling"):
-            step = make_step(case, name)
+        for name, adapter in track(adapters().items(), f"{case['model']}: compiling"):
+            step = make_step(case, adapter)
             start = time.perf_counter()
             compiled = step.run.lower(*step.arguments).compile()
             measured[name] = {
@@ -123,16 +131,6 @@ def run(results: Results, suite: str, cases: Sequence[Record], rounds: int) -> N
         for name, timing in timings.items():
             measured[name] |= timing._asdict()
         results.add(suite, case, measured)
-
-
-def peak_memory(compiled: Any) -> int:
-    """Bytes of memory that a compiled program uses at most, its arguments included."""
-    stats = compiled.memory_analysis()
-    if jax.default_backend() != "cpu":
-        return stats.peak_memory_in_bytes
-    # On CPU the peak leaves out temporary arrays, which live in one allocation.
-    arrays = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
-    return arrays + stats.temp_size_in_bytes
 
 
 def _random(shapes: Any) -> Any:

@@ -80,21 +80,28 @@ def estimate(chip: Chip, function: Callable[..., Any], arguments: Sequence[Any])
     Raises:
         ValueError: if the TPU compiler is not installed.
     """
-    compiled, seconds = _compile(chip, function, arguments)
+    from circflax.costs import peak_memory
+
+    compiled, seconds = compile_for(chip, function, arguments)
     program = compiled.as_text()
     cycles = _program_cycles(program) + _kernel_cycles(program, chip)
     return Estimate(
         cycles=cycles,
         seconds=cycles / chip.clock,
-        peak=compiled.memory_analysis().peak_memory_in_bytes,
+        peak=peak_memory(compiled),
         bytes=compiled.cost_analysis().get("bytes accessed", 0.0),
         compile=seconds,
     )
 
 
-def _compile(
+def compile_for(
     chip: Chip, function: Callable[..., Any], arguments: Sequence[Any]
 ) -> tuple[Any, float]:
+    """The function compiled for one chip, from shapes, and the seconds that compiling took.
+
+    Raises:
+        ValueError: if the TPU compiler is not installed.
+    """
     import jax
     import numpy as np
     from jax.experimental import topologies
@@ -114,7 +121,9 @@ def _compile(
     arguments = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), arguments
     )
-    lowered = jax.jit(function).lower(*arguments)
+    # A step that is jitted already keeps its donations.
+    jitted = function if hasattr(function, "lower") else jax.jit(function)
+    lowered = jitted.lower(*arguments)
     start = time.perf_counter()
     compiled = lowered.compile()
     return compiled, time.perf_counter() - start
@@ -200,7 +209,7 @@ def _compile_kernel(
         "correlation": (_correlation(block), (x, g, left, right)),
     }
     function, arguments = functions[kernel]
-    _compile(CHIPS[chip], partial(function, interpret=False), arguments)
+    compile_for(CHIPS[chip], partial(function, interpret=False), arguments)
 
 
 def _correlation(block: int) -> Callable[..., Any]:
@@ -264,7 +273,8 @@ def _layers(case: Record) -> Mapping[str, tuple]:
 def _steps(case: Record) -> Mapping[str, tuple]:
     from benchmarks import steps
 
-    made = {name: steps.make_step(case, name) for name in steps.names()}
+    adapters = steps.adapters().items()
+    made = {name: steps.make_step(case, adapter) for name, adapter in adapters}
     return {name: (step.run, step.arguments, False) for name, step in made.items()}
 
 

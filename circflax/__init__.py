@@ -1,5 +1,6 @@
 """Fine-tune Flax models with circulant and diagonal adapters: CDVFT, C3A and BCA."""
 
+from circflax import costs as costs
 from circflax import interop as interop
 from circflax import linen as linen
 from circflax import methods as methods
