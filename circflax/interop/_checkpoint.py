@@ -47,6 +47,8 @@ _HEADS = {
     "speech-seq2seq": "FLAX_MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING",
     "token-classification": "FLAX_MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING",
 }
+# What is taken of a model when no head is asked for.
+_FIRST = ("sequence-classification", "image-classification", "causal-lm", "seq2seq-lm", "base")
 # Weights in pickle and code are never fetched.
 _SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 _TORCH_FILES = ("model.safetensors", "model-*.safetensors")
@@ -169,9 +171,10 @@ def open_checkpoint(
     """Finds a checkpoint and makes its model, without reading weights; see `load_model`."""
     directory = find_checkpoint(source, revision)
     tensors = read_tensors(directory)
-    configuration = _read_config(directory, config or {})
-    model_class = _model_class(configuration, head)
-    model = model_class(configuration, seed=seed, dtype=dtype, _do_init=False)
+    configuration = read_config(directory / "config.json", config or {})
+    model = find_model_class(configuration, head)(
+        configuration, seed=seed, dtype=dtype, _do_init=False
+    )
     return Checkpoint(directory, model, tensors, match_tensors(tensors, model))
 
 
@@ -283,21 +286,23 @@ def match_tensors(
     return placements
 
 
-def _read_config(directory: Path, overrides: Mapping[str, Any]) -> "PretrainedConfig":
+def read_config(file: Path, overrides: Mapping[str, Any]) -> "PretrainedConfig":
+    """Reads a model's `config.json`; raises a CheckpointError if it is none."""
     from transformers import AutoConfig
 
     # Without this file `transformers` would guess the architecture from the directory's name.
-    if not (directory / "config.json").is_file():
-        raise CheckpointError(f"`{directory}` lacks the model's configuration, `config.json`.")
+    directory = file.parent
+    if not file.is_file():
+        raise CheckpointError(f"`{directory}` lacks the model's configuration, `{file.name}`.")
     try:
-        kind = json.loads((directory / "config.json").read_text()).get("model_type")
+        kind = json.loads(file.read_text()).get("model_type")
     except (ValueError, AttributeError) as error:
-        raise CheckpointError(f"`{directory / 'config.json'}` is not a model's JSON.") from error
+        raise CheckpointError(f"`{file}` is not a model's JSON.") from error
     if kind is None:
-        raise CheckpointError(f"`{directory / 'config.json'}` names no `model_type`.")
+        raise CheckpointError(f"`{file}` names no `model_type`.")
     try:
         config, unused = AutoConfig.from_pretrained(
-            directory, trust_remote_code=False, return_unused_kwargs=True, **overrides
+            file, trust_remote_code=False, return_unused_kwargs=True, **overrides
         )
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(
@@ -313,31 +318,34 @@ def _read_config(directory: Path, overrides: Mapping[str, Any]) -> "PretrainedCo
     return config
 
 
-def _model_class(
-    config: "PretrainedConfig", head: "str | type[FlaxPreTrainedModel]"
+def find_model_class(
+    config: "PretrainedConfig", head: "str | type[FlaxPreTrainedModel] | None"
 ) -> "type[FlaxPreTrainedModel]":
+    """The Flax class of a configuration with a head; None takes the first head that there is."""
     from transformers import FlaxPreTrainedModel
     from transformers.models.auto import modeling_flax_auto
 
-    if not isinstance(head, str):
+    if head is not None and not isinstance(head, str):
         if not (issubclass(head, FlaxPreTrainedModel) and isinstance(config, head.config_class)):
             raise CheckpointError(
                 f"`{head.__name__}` is no Flax class for the checkpoint's `{config.model_type}`."
             )
         return head
-    if head not in _HEADS:
+    if head is not None and head not in _HEADS:
         raise CheckpointError(f"`{head}` is no kind of head; choose from {', '.join(_HEADS)}.")
     classes = {
-        kind: getattr(modeling_flax_auto, mapping).get(type(config), None)
+        kind: found
         for kind, mapping in _HEADS.items()
+        if (found := getattr(modeling_flax_auto, mapping).get(type(config), None)) is not None
     }
-    if classes[head] is None:
-        fitting = [kind for kind, found in classes.items() if found is not None]
-        raise CheckpointError(
-            f"`transformers` has no Flax model for `{config.model_type}` with the head `{head}`; "
-            f"it has {', '.join(fitting) or 'none at all'}."
-        )
-    return classes[head]
+    for kind in _FIRST if head is None else (head,):
+        if kind in classes:
+            return classes[kind]
+    wanted = "" if head is None else f" with the head `{head}`"
+    raise CheckpointError(
+        f"`transformers` has no Flax model for `{config.model_type}`{wanted}; "
+        f"it has {', '.join(classes) or 'none at all'}."
+    )
 
 
 def _initialise(
