@@ -1,18 +1,12 @@
 """`circflax inspect`, `merge` and `export`: what to do with an adapter once it is trained."""
 
 import argparse
-import itertools
-import math
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
 
 import jax.numpy as jnp
-
-if TYPE_CHECKING:
-    from circflax.tree import Plan
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,16 +37,21 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="circflax", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    inspect = commands.add_parser("inspect", help="show what an adapter is made of")
-    inspect.add_argument("adapter", help="a run's directory, or an adapter's")
+    inspect = commands.add_parser(
+        "inspect", help="show what an adapter is made of, or what adapters of a model would cost"
+    )
+    inspect.add_argument(
+        "path",
+        help="a run's directory or an adapter's; with --costs also a model's config.json, its"
+        " directory or its name on the Hub",
+    )
     inspect.add_argument(
         "--costs",
         action="store_true",
-        help="show instead how its circulant products are computed, and what each way would cost",
+        help="show instead parameters, operations and memory, and of an adapter how its circulant"
+        " products are computed",
     )
-    inspect.add_argument(
-        "--tokens", type=int, default=4096, help="tokens of a training step (default 4096)"
-    )
+    _add_cost_options(inspect.add_argument_group("costs"))
     inspect.set_defaults(command=_inspect)
 
     merge = commands.add_parser("merge", help="write merged Flax parameters (Orbax checkpoint)")
@@ -74,14 +73,48 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _inspect(arguments: argparse.Namespace) -> None:
-    from circflax.tree import load_adapters, report_adapters
+def _add_cost_options(group: "argparse._ArgumentGroup") -> None:
+    group.add_argument(
+        "--method",
+        action="append",
+        metavar="NAME[:FIELD=VALUE,…]",
+        help="a method, such as c3a:b=128, none, bitfit or full; may be repeated (default all)",
+    )
+    group.add_argument("--targets", help="layers to adapt, such as query,value (default the usual)")
+    group.add_argument("--batch", type=int, default=16, help="examples of a step (default 16)")
+    group.add_argument("--length", type=int, help="tokens of each (default 128)")
+    group.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="the base's"
+    )
+    group.add_argument(
+        "--no-compile", action="store_true", help="leave out XLA's count and the memory"
+    )
+    group.add_argument(
+        "--tokens", type=int, default=4096, help="tokens of an adapter's products (default 4096)"
+    )
 
-    directory = Path(arguments.adapter)
-    nested = directory / "adapter"
-    file = load_adapters(nested if nested.is_dir() else directory)
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    from circflax.cli._costs import Batch, show_adapter_costs, show_model_costs
+    from circflax.cli._products import show_products
+    from circflax.tree import is_adapter, load_adapters, report_adapters
+
+    directory = Path(arguments.path)
+    if (directory / "adapter").is_dir():
+        directory = directory / "adapter"
+    batch = Batch(
+        size=arguments.batch,
+        length=arguments.length,
+        dtype=arguments.dtype,
+        compile=not arguments.no_compile,
+    )
+    if arguments.costs and not is_adapter(directory):
+        show_model_costs(arguments.path, arguments.method, arguments.targets, batch)
+        return
+    file = load_adapters(directory)
     if arguments.costs:
-        _show_costs(file.plan, arguments.tokens)
+        show_products(file.plan, arguments.tokens)
+        show_adapter_costs(directory, file, batch)
         return
     reports = report_adapters(file.adapters, file.plan)
     width = min(max(len(report.name) for report in reports), 44) if reports else 5
@@ -103,39 +136,6 @@ def _inspect(arguments: argparse.Namespace) -> None:
     print(f"\n{len(reports)} layers, {total:,} adapter parameters; base {file.base or 'not named'}")
     for method in methods:
         print(method)
-
-
-def _show_costs(plan: "Plan", tokens: int) -> None:
-    from collections import Counter
-
-    from circflax import ops
-
-    if tokens < 1:
-        raise ValueError(f"`--tokens` must be a positive number, but is {tokens}.")
-    kernels = Counter(
-        kernel
-        for target in plan.targets
-        for kernel in target.method.kernels(target.in_features, target.out_features)
-        for _ in range(math.prod(target.layers))
-    )
-    if not kernels:
-        print("no adapter here multiplies by circulants.")
-        return
-    strategies = get_args(ops.Strategy)
-    print(f"estimated ms of one product with its gradients, {tokens:,} tokens; * is chosen")
-    for (out_blocks, in_blocks, block), count in kernels.items():
-        print(f"\n{count} × {out_blocks} × {in_blocks} blocks of {block}")
-        print("  platform  dtype   " + "".join(f"{name:>10}" for name in strategies))
-        for platform, dtype in itertools.product(ops.PLATFORMS, ("float32", "bfloat16")):
-            product = ops.Product(tokens, out_blocks, in_blocks, block, jnp.dtype(dtype), platform)
-            chosen, costs = ops.choose_form(product), ops.estimate_costs(product)
-            cells = []
-            for strategy in strategies:
-                best = min((c for f, c in costs.items() if f.strategy == strategy), default=None)
-                star = "*" if strategy == chosen.strategy else " "
-                runs = best is not None and math.isfinite(best)
-                cells.append(f"{1e3 * best:9.3g}{star}" if runs else f"{'–':>9} ")
-            print(f"  {platform:8}  {dtype:8}" + "".join(cells))
 
 
 def _merge(arguments: argparse.Namespace) -> None:

@@ -12,7 +12,7 @@ from circflax.tree._adapters import (
     switch_off,
     unmerge,
 )
-from circflax.tree._files import AdapterFile, check_room, load_adapters, save_adapters
+from circflax.tree._files import AdapterFile, check_room, is_adapter, load_adapters, save_adapters
 from circflax.tree._layout import Layout
 from circflax.tree._paths import Path, Patterns, Tree
 from circflax.tree._plan import ADAPTER, AdapterConfig, Layouts, Plan, Target, make_plan
@@ -37,6 +37,7 @@ __all__ = [
     "combine",
     "dense_delta",
     "init_adapters",
+    "is_adapter",
     "load_adapters",
     "make_plan",
     "merge",

@@ -132,6 +132,11 @@ def save_adapters(
     _replace({directory / ADAPTER_WEIGHTS: weights, directory / ADAPTER_CONFIG: text})
 
 
+def is_adapter(directory: str | os.PathLike[str]) -> bool:
+    """Whether a directory holds an adapter, or a part of one."""
+    return any((FilePath(directory) / name).exists() for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG))
+
+
 def load_adapters(directory: str | os.PathLike[str]) -> AdapterFile:
     """Reads what `save_adapters` wrote.
 

@@ -1,0 +1,272 @@
+"""What adapters of a model cost, as a table: parameters, bytes, operations, memory."""
+
+import ast
+import difflib
+import math
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path as FilePath
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from circflax import costs
+from circflax.costs import Costs
+from circflax.methods import METHODS, LoRA, make_method
+from circflax.tree import AdapterConfig, AdapterFile, Layout, Layouts, Path, Plan, make_plan
+from circflax.tree._paths import flatten, join, unflatten
+from circflax.tree._summary import human_bytes
+
+if TYPE_CHECKING:
+    from circflax.interop import Outline
+
+_WITHOUT_ADAPTERS = ("none", "bitfit", "full")
+# What the layers that adapters usually sit on are called, in one family of models or another.
+_TARGETS = (("query", "value"), ("q_proj", "v_proj"), ("q_lin", "v_lin"), ("c_attn",))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """What to compile for.
+
+    Attributes:
+        size: number of examples.
+        length: tokens of each, or None for 128 or the most that the model reads.
+        dtype: of the model's parameters and computations.
+        compile: whether to compile at all.
+    """
+
+    size: int
+    length: int | None
+    dtype: str
+    compile: bool
+
+
+def show_model_costs(
+    source: str, methods: list[str] | None, targets: str | None, batch: Batch
+) -> None:
+    """Prints what each method would cost on a model.
+
+    Args:
+        source: the model's configuration, or where it is.
+        methods: names with hyperparameters, such as `c3a:b=128`; None for every method there is.
+        targets: comma-separated names of the layers to adapt; None for the family's usual ones.
+        batch: what to compile for.
+
+    Raises:
+        ValueError: if there is no such model or method, or they do not fit.
+    """
+    from circflax.interop import outline_model
+
+    outline = outline_model(source, dtype=batch.dtype)
+    inputs = outline.inputs(batch.size, batch.length)
+    layouts = outline.layouts()
+    names = tuple(targets.split(",")) if targets else _usual_targets(layouts)
+    head = tuple(map(join, outline.new_leaves))
+    # Targets that match nothing are wrong for every method.
+    make_plan(outline.params, AdapterConfig(method=LoRA(r=1), targets=names), layouts)
+    plans, misfits = {}, {}
+    for spec in methods or [*_WITHOUT_ADAPTERS, *METHODS]:
+        config = _config(spec, names, head)
+        try:
+            plans[spec] = make_plan(outline.params, config, layouts)
+        except ValueError as error:
+            if methods:
+                raise
+            misfits[spec] = error
+    print(f"{_described(outline, inputs, batch)}, adapters on {', '.join(names)}")
+    _show(plans, _estimator(outline, inputs, layouts, batch), _count(outline, outline.new_leaves))
+    for spec, error in misfits.items():
+        print(f"{spec} does not fit: {error}")
+
+
+def show_adapter_costs(directory: FilePath, file: AdapterFile, batch: Batch) -> None:
+    """Prints what an adapter costs, and what LoRA of rank 8 would on the same layers.
+
+    Args:
+        directory: the adapter's; with the adapted model's `config.json` more is known.
+        file: what it holds.
+        batch: what to compile for.
+
+    Raises:
+        ValueError: if the configuration is not the adapter's model's.
+    """
+    from circflax.interop import outline_model
+
+    lora = tuple(replace(target, method=LoRA()) for target in file.plan.targets)
+    plans = {"adapter": file.plan} | ({"lora": Plan(lora, file.plan.trained)} if lora else {})
+    if not (directory / "config.json").is_file():
+        print("\nthere is no `config.json` of the adapted model: nothing was compiled")
+        _show(plans, lambda plan: costs.count(_shapes(file), plan), 0)
+        return
+    outline = outline_model(directory, "named", dtype=batch.dtype)
+    inputs = outline.inputs(batch.size, batch.length)
+    print(f"\n{_described(outline, inputs, batch)}")
+    estimate = _estimator(outline, inputs, outline.layouts(), batch)
+    _show(plans, estimate, _count(outline, file.plan.trained))
+
+
+def _config(spec: str, targets: tuple[str, ...], head: tuple[str, ...]) -> AdapterConfig:
+    """What a method's name and hyperparameters mean; the head trains beside it."""
+    name, _, hyperparameters = spec.partition(":")
+    match name:
+        case "none":
+            return AdapterConfig(train=head)
+        case "bitfit":
+            return AdapterConfig(train=(*head, "bias"))
+        case "full":
+            return AdapterConfig(train=".*")
+    known = [*_WITHOUT_ADAPTERS, *METHODS]
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise ValueError(f"unknown method {name!r}; {hint}There are {', '.join(known)}.")
+    values = {}
+    for pair in filter(None, hyperparameters.split(",")):
+        key, _, value = pair.partition("=")
+        try:
+            values[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            values[key] = value
+    return AdapterConfig(method=make_method(name, values), targets=targets, train=head)
+
+
+def _usual_targets(layouts: Layouts) -> tuple[str, ...]:
+    endings = {path[-2] for path, layout in layouts.items() if isinstance(layout, Layout)}
+    for names in _TARGETS:
+        if endings.issuperset(names):
+            return names
+    raise ValueError(
+        f"give `--targets`: the layers of this model, {', '.join(sorted(endings))}, have none of"
+        " the usual names."
+    )
+
+
+def _described(outline: "Outline", inputs: Mapping[str, Any], batch: Batch) -> str:
+    name, shape = next((name, leaf.shape) for name, leaf in inputs.items())
+    sizes = " × ".join(map(str, shape))
+    return f"{type(outline.model).__name__}, {name} {sizes}, {batch.dtype}"
+
+
+def _estimator(
+    outline: "Outline", inputs: Any, layouts: Layouts, batch: Batch
+) -> Callable[[Plan], Costs]:
+    def estimate(plan: Plan) -> Costs:
+        if not batch.compile:
+            return costs.count(outline.params, plan, layouts)
+        return costs.estimate(
+            outline.run, outline.params, inputs, plan, layouts=layouts, loss=_cross_entropy
+        )
+
+    return estimate
+
+
+def _cross_entropy(logits: jax.Array) -> jax.Array:
+    labels = jnp.zeros(logits.shape[:-1], jnp.int32)
+    logits = logits.astype(jnp.float32)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def _shapes(file: AdapterFile) -> dict[str, Any]:
+    """Shapes of the base's leaves, as far as an adapter file knows them."""
+    leaves = {target.kernel_path: target.shape for target in file.plan.targets}
+    leaves |= {path: np.shape(flatten(file.adapters)[path]) for path in file.plan.trained}
+    return unflatten(
+        {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in leaves.items()}
+    )
+
+
+def _count(outline: "Outline", paths: tuple[Path, ...]) -> int:
+    leaves = flatten(outline.params)
+    return sum(math.prod(leaves[path].shape) for path in paths)
+
+
+def _show(plans: Mapping[str, Plan], estimate: Callable[[Plan], Costs], head: int) -> None:
+    """Estimates one plan after the other and prints a table of them."""
+    rows = {}
+    for name, plan in plans.items():
+        rows[name] = each = estimate(plan)
+        if each.step is not None:
+            seconds = each.forward.seconds + each.step.seconds
+            print(f"compiled {name} in {seconds:.1f} s", file=sys.stderr, flush=True)
+    some = next(iter(rows.values()))
+    if some.base_flops is not None:
+        print(
+            f"frozen linear layers: {_short(some.base_flops.forward)} FLOPs a token forward and"
+            f" {_short(some.base_flops.backward)} backward"
+        )
+    if head:
+        print(f"the head's {head:,} parameters train besides, and are in the file")
+    print(f"\n{_table(rows, head)}")
+
+
+def _table(rows: Mapping[str, Costs], head: int) -> str:
+    lora = rows.get("lora")
+    counted = {name: _counted(each, lora, head) for name, each in rows.items()}
+    header = ["method", "parameters", "/ lora", "file", "forward", "backward", "/ lora", "a step"]
+    lines = ["", "", "", "", "FLOPs", "a token", "", "once"]
+    if all(each.step is not None for each in rows.values()):
+        header += ["forward", "step", "peak MiB", "/ lora"]
+        lines += ["XLA", "XLA", "", ""]
+        for name, each in rows.items():
+            counted[name] += _compiled(each, lora)
+    cells = [lines, header, *([name, *cells] for name, cells in counted.items())]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join(
+        " ".join(
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in cells
+    )
+
+
+def _counted(each: Costs, lora: Costs | None, head: int) -> list[str]:
+    def trainable(of: Costs) -> int:
+        return of.adapter_parameters + of.trained_parameters - head
+
+    flops = each.flops
+    sums = sum(flops[:2]), sum(flops[2:])
+    # Leaves trained in full have no rule: XLA's count shows what they cost.
+    none = each.adapter_parameters == 0
+    return [
+        f"{trainable(each):,}",
+        _ratio(trainable(each), lora and trainable(lora)),
+        human_bytes(each.bytes),
+        *["–" if none else _short(number) for number in flops[:2]],
+        "–" if none else _ratio(sums[0], lora and sum(lora.flops[:2])),
+        "–" if none else _short(sums[1]),
+    ]
+
+
+def _compiled(each: Costs, lora: Costs | None) -> list[str]:
+    return [
+        _short(each.forward.flops),
+        _short(each.step.flops),
+        f"{each.step.peak_memory / 2**20:,.1f}",
+        _ratio(each.step.peak_memory, lora and lora.step.peak_memory),
+    ]
+
+
+def _ratio(number: float, lora: float | None) -> str:
+    if not lora:
+        return "–"
+    return f"{number / lora:.3g}" if number < 999.5 * lora else f"{number / lora:,.0f}"
+
+
+def _short(number: float) -> str:
+    """Three digits with a unit.
+
+    Example:
+        >>> _short(294912.0), _short(1.5e10)
+        ('295k', '15G')
+    """
+    for unit in ("", "k", "M", "G"):
+        if number < 999.5:
+            return f"{number:.3g}{unit}"
+        number /= 1000
+    return f"{number:.3g}T"
