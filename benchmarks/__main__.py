@@ -1,4 +1,4 @@
-"""`python -m benchmarks --suite layer|step|growth|tpu|gpu|merge [--quick] --json FILE`."""
+"""`python -m benchmarks --suite layer|step|growth|memory|tpu|gpu|merge [--quick] --json FILE`."""
 
 import argparse
 import os
@@ -6,7 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-SUITES = ("layer", "step", "growth", "tpu", "gpu", "merge")
+SUITES = ("layer", "step", "growth", "memory", "tpu", "gpu", "merge")
+CHIPS = ("v5e", "v5p")
 
 # Memory that a program has used stays with the process, as within one long program; otherwise the
 # kernel hands out zeroed pages again in each call, which costs more than the smaller programs do.
@@ -31,8 +32,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="small cases: a look, no claim")
     parser.add_argument("--json", type=Path, help="file for the results; goes on where it ended")
     parser.add_argument("--plots", type=Path, help="directory for the plots of `growth`")
+    parser.add_argument(
+        "--chip", choices=CHIPS, help="compile `memory` for a TPU instead of this machine's CPU"
+    )
     arguments = parser.parse_args(argv)
-    if arguments.suite == "tpu":
+    if arguments.suite == "tpu" or arguments.chip:
         from benchmarks import tpu
 
         tpu.set_environment()
@@ -51,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> None:
     import jax
 
-    from benchmarks import growth, layers, merge, steps
+    from benchmarks import growth, layers, memory, merge, steps
     from benchmarks.results import Results
 
     results = Results(arguments.json)
@@ -74,6 +78,9 @@ def _run(arguments: argparse.Namespace) -> None:
         case "merge":
             merge.run(results, suite, quick, rounds)
             print(merge.table(results.of(suite)))
+        case "memory":
+            memory.run(results, suite, arguments.chip, quick)
+            print(memory.table(results.of(suite)))
         case "tpu":
             from benchmarks import tpu
 
