@@ -113,6 +113,8 @@ def show_adapter_costs(directory: FilePath, file: AdapterFile, batch: Batch) -> 
 def _config(spec: str, targets: tuple[str, ...], head: tuple[str, ...]) -> AdapterConfig:
     """What a method's name and hyperparameters mean; the head trains beside it."""
     name, _, hyperparameters = spec.partition(":")
+    if name in _WITHOUT_ADAPTERS and hyperparameters:
+        raise ValueError(f"{name} has no hyperparameters.")
     match name:
         case "none":
             return AdapterConfig(train=head)
