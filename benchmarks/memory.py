@@ -16,7 +16,7 @@ from benchmarks.results import Record, Results, markdown_table
 _HEAD = ("classifier",)
 _QUERY_VALUE = {"targets": ("query", "value"), "train": _HEAD}
 # (IA)^3 as in C3A's Table 2: all six linear layers of a block, the last one by its input.
-_SIX = {
+SIX = {
     "targets": r".*/layer/\d+/.*(query|key|value|dense)",
     "overrides": {r".*/layer/\d+/output/dense": {"feedforward": True}},
     "train": _HEAD,
@@ -65,7 +65,7 @@ def adapters(model: str) -> dict[str, cf.AdapterConfig]:
         "frozen + head": cf.AdapterConfig(train=_HEAD),
         "bitfit": cf.AdapterConfig(train=(*_HEAD, "bias")),
         "full": cf.AdapterConfig(train=".*"),
-        "ia3, six linears": cf.AdapterConfig(method=cf.IA3(), **_SIX),
+        "ia3, six linears": cf.AdapterConfig(method=cf.IA3(), **SIX),
     } | {name: cf.AdapterConfig(method=each, **_QUERY_VALUE) for name, each in methods.items()}
 
 

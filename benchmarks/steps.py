@@ -16,6 +16,8 @@ from train.config import OptimConfig
 from train.optimizer import make_optimizer
 from train.steps import TrainState, make_forward, make_train_step
 
+# What RoBERTa's configurations share.
+ROBERTA = {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1}
 # Widths of the models by name; the rest follows from RoBERTa's and BERT's base configurations.
 MODELS = {
     "roberta-base": {},
@@ -79,8 +81,7 @@ def make_step(case: Record, adapter: cf.AdapterConfig) -> Step:
     from transformers import FlaxRobertaForSequenceClassification, RobertaConfig
 
     config = RobertaConfig(
-        **{"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1}
-        | MODELS[case["model"]],
+        **ROBERTA | MODELS[case["model"]],
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )

@@ -9,6 +9,7 @@ from benchmarks.__main__ import main
 from benchmarks.calibrate import main as calibrate
 from benchmarks.results import Results, markdown_table
 from benchmarks.timing import time_interleaved
+from circflax.methods import METHODS
 
 
 def test_layers_are_measured_once(tmp_path, capsys) -> None:
@@ -41,8 +42,26 @@ def test_merging_is_measured(capsys) -> None:
 def test_training_steps_of_every_method_are_measured(tmp_path, capsys) -> None:
     assert main(["--suite", "step", "--quick", "--json", str(tmp_path / "step.json")]) == 0
     table = capsys.readouterr().out
-    for name in ("frozen + head", "biases", "cdvft", "c3a", "bca", "lora"):
+    for name in ("frozen + head", "biases", *METHODS):
         assert f"| {name} " in table
+
+
+@pytest.mark.slow
+def test_memory_goes_on_where_it_ended(tmp_path, capsys, monkeypatch) -> None:
+    from benchmarks import memory
+
+    few = {"frozen + head": memory.adapters("minilm-l6")["frozen + head"]}
+    path = tmp_path / "memory.json"
+    monkeypatch.setattr(memory, "adapters", lambda model: few)
+    assert main(["--suite", "memory", "--quick", "--json", str(path)]) == 0
+    (first,) = json.loads(path.read_text())["records"]
+    few["lora"] = memory.cf.AdapterConfig(method=memory.cf.LoRA(), targets=("query",))
+    assert main(["--suite", "memory", "--quick", "--json", str(path)]) == 0
+    before, after = json.loads(path.read_text())["records"]
+    assert before == first and 0 < before["peak"] < after["peak"]
+    out = capsys.readouterr().out
+    assert "chip cpu, model minilm-l6, batch 2, length 16, dtype float32" in out
+    assert "| lora " in out
 
 
 def test_growth_is_drawn(tmp_path, monkeypatch) -> None:
