@@ -15,11 +15,11 @@ import numpy as np
 import optax
 
 from circflax import costs
+from circflax.cli._cost_table import cost_table, short_number
 from circflax.costs import Costs
 from circflax.methods import METHODS, LoRA, make_method
 from circflax.tree import AdapterConfig, AdapterFile, Layout, Layouts, Path, Plan, make_plan
 from circflax.tree._paths import flatten, join, unflatten
-from circflax.tree._summary import human_bytes
 
 if TYPE_CHECKING:
     from circflax.interop import Outline
@@ -101,7 +101,7 @@ def show_adapter_costs(directory: FilePath, file: AdapterFile, batch: Batch) -> 
     plans = {"adapter": file.plan} | ({"lora": Plan(lora, file.plan.trained)} if lora else {})
     if not (directory / "config.json").is_file():
         print("\nthere is no `config.json` of the adapted model: nothing was compiled")
-        _show(plans, lambda plan: costs.count(_shapes(file), plan), 0)
+        _show(plans, lambda _, plan: costs.count(_shapes(file), plan), 0)
         return
     outline = outline_model(directory, "named", dtype=batch.dtype)
     inputs = outline.inputs(batch.size, batch.length)
@@ -156,13 +156,16 @@ def _described(outline: "Outline", inputs: Mapping[str, Any], batch: Batch) -> s
 
 def _estimator(
     outline: "Outline", inputs: Any, layouts: Layouts, batch: Batch
-) -> Callable[[Plan], Costs]:
-    def estimate(plan: Plan) -> Costs:
+) -> Callable[[str, Plan], Costs]:
+    def estimate(name: str, plan: Plan) -> Costs:
         if not batch.compile:
             return costs.count(outline.params, plan, layouts)
-        return costs.estimate(
+        print(f"compiling {name} …", end=" ", file=sys.stderr, flush=True)
+        found = costs.estimate(
             outline.run, outline.params, inputs, plan, layouts=layouts, loss=_cross_entropy
         )
+        print(f"{found.forward.seconds + found.step.seconds:.1f} s", file=sys.stderr)
+        return found
 
     return estimate
 
@@ -187,88 +190,13 @@ def _count(outline: "Outline", paths: tuple[Path, ...]) -> int:
     return sum(math.prod(leaves[path].shape) for path in paths)
 
 
-def _show(plans: Mapping[str, Plan], estimate: Callable[[Plan], Costs], head: int) -> None:
+def _show(plans: Mapping[str, Plan], estimate: Callable[[str, Plan], Costs], head: int) -> None:
     """Estimates one plan after the other and prints a table of them."""
-    rows = {}
-    for name, plan in plans.items():
-        rows[name] = each = estimate(plan)
-        if each.step is not None:
-            seconds = each.forward.seconds + each.step.seconds
-            print(f"compiled {name} in {seconds:.1f} s", file=sys.stderr, flush=True)
-    some = next(iter(rows.values()))
-    if some.base_flops is not None:
-        print(
-            f"frozen linear layers: {_short(some.base_flops.forward)} FLOPs a token forward and"
-            f" {_short(some.base_flops.backward)} backward"
-        )
+    rows = {name: estimate(name, plan) for name, plan in plans.items()}
+    base = next(iter(rows.values())).base_flops
+    if base is not None:
+        forward, backward = short_number(base.forward), short_number(base.backward)
+        print(f"frozen linear layers: {forward} FLOPs a token forward, {backward} backward")
     if head:
-        print(f"the head's {head:,} parameters train besides, and are in the file")
-    print(f"\n{_table(rows, head)}")
-
-
-def _table(rows: Mapping[str, Costs], head: int) -> str:
-    lora = rows.get("lora")
-    counted = {name: _counted(each, lora, head) for name, each in rows.items()}
-    header = ["method", "parameters", "/ lora", "file", "forward", "backward", "/ lora", "a step"]
-    lines = ["", "", "", "", "FLOPs", "a token", "", "once"]
-    if all(each.step is not None for each in rows.values()):
-        header += ["forward", "step", "peak MiB", "/ lora"]
-        lines += ["XLA", "XLA", "", ""]
-        for name, each in rows.items():
-            counted[name] += _compiled(each, lora)
-    cells = [lines, header, *([name, *cells] for name, cells in counted.items())]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join(
-        " ".join(
-            cell.rjust(width) if i else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in cells
-    )
-
-
-def _counted(each: Costs, lora: Costs | None, head: int) -> list[str]:
-    def trainable(of: Costs) -> int:
-        return of.adapter_parameters + of.trained_parameters - head
-
-    flops = each.flops
-    sums = sum(flops[:2]), sum(flops[2:])
-    # Leaves trained in full have no rule: XLA's count shows what they cost.
-    none = each.adapter_parameters == 0
-    return [
-        f"{trainable(each):,}",
-        _ratio(trainable(each), lora and trainable(lora)),
-        human_bytes(each.bytes),
-        *["–" if none else _short(number) for number in flops[:2]],
-        "–" if none else _ratio(sums[0], lora and sum(lora.flops[:2])),
-        "–" if none else _short(sums[1]),
-    ]
-
-
-def _compiled(each: Costs, lora: Costs | None) -> list[str]:
-    return [
-        _short(each.forward.flops),
-        _short(each.step.flops),
-        f"{each.step.peak_memory / 2**20:,.1f}",
-        _ratio(each.step.peak_memory, lora and lora.step.peak_memory),
-    ]
-
-
-def _ratio(number: float, lora: float | None) -> str:
-    if not lora:
-        return "–"
-    return f"{number / lora:.3g}" if number < 999.5 * lora else f"{number / lora:,.0f}"
-
-
-def _short(number: float) -> str:
-    """Three digits with a unit.
-
-    Example:
-        >>> _short(294912.0), _short(1.5e10)
-        ('295k', '15G')
-    """
-    for unit in ("", "k", "M", "G"):
-        if number < 999.5:
-            return f"{number:.3g}{unit}"
-        number /= 1000
-    return f"{number:.3g}T"
+        print(f"{head:,} parameters train in full besides, and are in the file")
+    print(f"\n{cost_table(rows, head)}")
