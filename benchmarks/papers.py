@@ -94,7 +94,7 @@ def glue() -> str:
         row("C3A b=128", ("111K", "393K"), adapters(cf.C3A(b=128))),
         row("CDVFT", ("55.3K", "–"), adapters(cf.CDVFT())),
         row("BCA p=d", ("–", "–"), adapters(cf.BCA())),
-        row("FourierFT n=1000", ("24K", "48K"), adapters(cf.FourierFT(n=1000))),
+        row("FourierFT n=1000", ("24K", "–"), adapters(cf.FourierFT(n=1000))),
     ]
     return markdown_table(["method", "paper, base", "counted", "paper, large", "counted"], rows)
 
@@ -112,7 +112,7 @@ def images() -> str:
         "LoRA r=16": ("0.59M", cf.LoRA(r=16)),
         "C3A b=64": ("0.22M, 0.79M", cf.C3A(b=64)),
         "FourierFT n=3000": ("72K", cf.FourierFT(n=3000)),
-        "VeRA r=256": ("24.6K", cf.VeRA(r=256)),
+        "VeRA r=256": ("–", cf.VeRA(r=256)),
         "CDVFT": ("55.3K", cf.CDVFT()),
     }
     rows = [
@@ -225,6 +225,22 @@ def fourier() -> str:
     return markdown_table(["FourierFT over …, T =", *map(str, _TOKENS[:-1]), "∞"], rows)
 
 
+def operations() -> str:
+    """Every method's operations for one square layer, in both passes, beside LoRA's."""
+    methods = [cf.LoRA(r=8), cf.CDVFT(), cf.C3A(), cf.C3A(b=128), cf.BCA()]
+    methods += [cf.VeRA(r=256), cf.FourierFT(n=1000), cf.IA3(), cf.BOFT(b=8, m=2), cf.LaMDA(r=32)]
+    rows = []
+    for method in methods:
+        row = [f"{method.name} b=128" if method == cf.C3A(b=128) else method.name]
+        for width in (768, 4096):
+            flops, lora = method.flops(width, width), methods[0].flops(width, width)
+            tokens, step = sum(flops[:2]), sum(flops[2:])
+            row += [f"{tokens / 1e3:,.1f}", f"{tokens / sum(lora[:2]):.2f}", f"{step / 1e3:,.0f}"]
+        rows.append(row)
+    header = ["k a token, 768", "/ lora", "once a step", "k a token, 4096", "/ lora", "once a step"]
+    return markdown_table(["both passes", *header], rows)
+
+
 def ratio(method: cf.Method, tokens: float, width: int = 768) -> float:
     """Operations of FourierFT's forward pass over another method's, for a square layer."""
     theirs, ours = (each.flops(width, width) for each in (cf.FourierFT(), method))
@@ -253,6 +269,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "ratios": ratios,
     "block flops": block_flops,
     "fourier": fourier,
+    "operations": operations,
     "memory": measured,
 }
 
