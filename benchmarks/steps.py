@@ -59,6 +59,11 @@ class Step(NamedTuple):
     arguments: tuple[TrainState, Any, dict[str, Any], Any]
     plan: cf.Plan
 
+    @property
+    def trainable(self) -> int:
+        """Number of parameters that train."""
+        return cf.summarize(self.arguments[1], self.plan).trainable_parameters
+
 
 def adapters() -> dict[str, cf.AdapterConfig]:
     """What to measure: no adapter, biases only, and each registered method on query and value."""
@@ -122,7 +127,7 @@ def run(results: Results, suite: str, cases: Sequence[Record], rounds: int) -> N
             measured[name] = {
                 "compile": time.perf_counter() - start,
                 "peak": peak_memory(compiled),
-                "trainable": sum(leaf.size for leaf in jax.tree.leaves(step.arguments[0].small)),
+                "trainable": step.trainable,
             }
             state, shapes, batch, _ = step.arguments
             base = _random(shapes) if base is None else base

@@ -19,7 +19,7 @@ class Program:
 
     Attributes:
         flops: floating-point operations by XLA's own count. It counts the body of a loop once,
-            and a transform of length n as 8 n log2(n), real or not.
+            and a transform of length n as 8 n floor(log2 n), real or not.
         peak_memory: bytes in use at most; see `peak_memory`.
         seconds: what tracing and compiling took.
     """
