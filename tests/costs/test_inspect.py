@@ -2,6 +2,8 @@
 
 import re
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 import circflax as cf
@@ -88,3 +90,29 @@ def test_methods_that_do_not_fit_are_said_not_to(tmp_path, capsys) -> None:
     assert "q_proj, v_proj" in out
     for name in ("none", "bitfit", "fourierft", "lamda"):
         assert re.search(rf"^{name} does not fit: ", out, re.MULTILINE)
+
+
+def test_an_adapter_without_its_models_configuration(tmp_path, capsys) -> None:
+    params = {"query": {"kernel": jnp.ones((64, 64)), "bias": jnp.ones(64)}}
+    config = cf.AdapterConfig(method=cf.C3A(b=16), targets=("query",), train=("bias",))
+    plan = cf.make_plan(params, config)
+    adapters = cf.init_adapters(jax.random.key(0), plan, params)
+    cf.save_adapters(tmp_path, adapters, plan, params)
+    assert main(["inspect", str(tmp_path), "--costs"]) == 0
+    out = capsys.readouterr().out
+    assert "1 × 4 × 4 blocks of 16" in out and "nothing was compiled" in out
+    found = rows(out)
+    assert found["adapter"][0] == "320" and found["lora"][0] == "1,088"
+
+
+def test_an_adapter_beside_its_models_configuration(directory: str, tmp_path, capsys) -> None:
+    outline = cf.interop.outline_model(directory)
+    params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), outline.params)
+    config = cf.AdapterConfig(method=cf.BCA(), targets=("key",), train=("classifier",))
+    plan = cf.make_plan(params, config, outline.layouts())
+    cf.save_adapters(tmp_path, cf.init_adapters(jax.random.key(0), plan, params), plan, params)
+    outline.model.config.architectures = ["RobertaForSequenceClassification"]
+    outline.model.config.save_pretrained(tmp_path)
+    assert main(["inspect", str(tmp_path), "--costs", "--no-compile"]) == 0
+    found = rows(capsys.readouterr().out)
+    assert found["adapter"][:2] == ["64", "0.0625"] and found["lora"][0] == "1,024"
