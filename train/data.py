@@ -179,13 +179,19 @@ def load_splits(config: DataConfig) -> Splits:
         train, validation, test, names, notes = _load_glue(config.task)
     else:
         train, validation, test, names, notes = _load_files(config)
-    if validation is None:
-        total = len(train)
-        train, validation = _hold_out(train, names, config)
+
+    def hold_out(name: str, fraction: float) -> tuple[Split, Split]:
+        kept, held = _hold_out(train, names, name, fraction, config.split_seed)
         notes.append(
-            f"validation: {len(validation)} of {total} training examples held out "
+            f"{name}: {len(held)} of {len(train)} training examples held out "
             f"(split seed {config.split_seed})"
         )
+        return kept, held
+
+    if config.test_fraction is not None:
+        train, test = hold_out("test", config.test_fraction)
+    if validation is None:
+        train, validation = hold_out("validation", config.validation_fraction)
     if config.max_train_examples is not None and config.max_train_examples < len(train):
         notes.append(f"training: {config.max_train_examples} of {len(train)} examples, at random")
         rng = np.random.default_rng(config.split_seed)
@@ -533,19 +539,21 @@ def _number(label: str) -> float:
     return value
 
 
-def _hold_out(split: Split, names: tuple[str, ...], config: DataConfig) -> tuple[Split, Split]:
+def _hold_out(
+    split: Split, names: tuple[str, ...], name: str, fraction: float, seed: int
+) -> tuple[Split, Split]:
     from sklearn.model_selection import train_test_split
 
-    what = f"cannot hold out {config.validation_fraction} of {len(split)} training examples"
+    what = f"cannot hold out {fraction} of {len(split)} training examples"
     if names:
         counts = np.bincount(split.labels, minlength=len(names))
-        for name in (names[i] for i in np.flatnonzero(counts == 1)):
-            raise DataError(f"{what}: class {name!r} has one example; give `data.validation`")
+        for label in (names[i] for i in np.flatnonzero(counts == 1)):
+            raise DataError(f"{what}: class {label!r} has one example; give `data.{name}`")
     try:
         kept, held = train_test_split(
             np.arange(len(split)),
-            test_size=config.validation_fraction,
-            random_state=config.split_seed,
+            test_size=fraction,
+            random_state=seed,
             stratify=split.labels if names else None,
         )
     except ValueError as error:
