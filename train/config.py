@@ -190,7 +190,9 @@ class AdapterConfig:
     """What is trained.
 
     Attributes:
-        method: Name of a method that circflax knows, or "full" or "none".
+        method: Name of a method that circflax knows; "lamda++" for LaMDA with ranks by the layers'
+            spectra; or, without adapters, "full" (all trains), "bitfit" (biases and the head) or
+            "none" (the head).
         hyperparameters: Hyperparameters of the method by name.
         targets: Names of the layers to adapt, or one regular expression.
         layers: Numbers of the blocks to adapt; None is all.
@@ -222,9 +224,10 @@ class OptimConfig:
         batch_size: Examples of one update.
         eval_batch_size: Examples of one evaluation step.
         accumulation_steps: Parts that a batch is computed in, one after the other.
-        learning_rate: Peak learning rate of the adapters, or of the whole base with "full".
+        learning_rate: Peak learning rate of the adapters, or of what "full" and "bitfit" train of
+            the checkpoint.
         head_learning_rate: Peak learning rate of base parameters that are trained in full; with
-            the method "full", of those that the checkpoint does not have (the head).
+            the methods "full" and "bitfit", of those that the checkpoint does not have (the head).
         schedule: Shape of the learning rate after the warm-up.
         warmup: Part of all steps during which the learning rate rises from 0.
         weight_decay: Decoupled weight decay.

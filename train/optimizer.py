@@ -101,9 +101,11 @@ def make_optimizer(
         rates = make_rates(learning_rate, head_learning_rate, plan, fast)
         return optax.chain(
             clip,
-            optax.scale_by_adam(config.b1, config.b2),
+            # Arrays that never train get no moments.
+            optax.masked(optax.scale_by_adam(config.b1, config.b2), plan.trainable()),
             optax.add_decayed_weights(config.weight_decay, mask=plan.decayed()),
             optax.stateless(lambda updates, _: jax.tree.map(lambda u, r: u * r, updates, rates)),
+            _scale_by_training(plan, warmup + rest),
             optax.scale_by_learning_rate(_schedule(config.schedule, warmup, rest)),
         )
 
@@ -113,3 +115,15 @@ def make_optimizer(
         head_learning_rate=config.head_learning_rate,
         **_lengths(config, steps),
     )
+
+
+def _scale_by_training(plan: Plan, steps: jax.Array) -> optax.GradientTransformation:
+    """Stops the updates of what methods freeze in the course of training."""
+
+    def update(updates: Any, state: optax.ScaleByScheduleState, _: Any = None) -> tuple[Any, Any]:
+        factors = plan.training(state.count / steps)
+        updates = jax.tree.map(lambda u, f: u * f, updates, factors)
+        return updates, optax.ScaleByScheduleState(optax.safe_increment(state.count))
+
+    init = optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))
+    return optax.GradientTransformation(lambda _: init, update)

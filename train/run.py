@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from transformers import FlaxPreTrainedModel
 
 CONFIG, ADAPTER = "config.yaml", "adapter"
+LAMDA_PP = "lamda++"
+# Methods without adapters: which leaves of the base they train besides the head.
+TRAINED = {"none": (), "bitfit": ("bias",)}
 
 
 def run(config: Config, console: Console | None = None) -> report.Summary:
@@ -141,15 +144,16 @@ def _make_plan(
         return cf.make_plan(base, cf.AdapterConfig(train=".*"))
     # What the checkpoint lacks has random values: the new head always trains.
     train = (*adapter.train, *("/".join(path) for path in initialised))
-    if adapter.method == "none":
-        return cf.make_plan(base, cf.AdapterConfig(train=train))
+    if adapter.method in TRAINED:
+        return cf.make_plan(base, cf.AdapterConfig(train=(*TRAINED[adapter.method], *train)))
     overrides = {
         override.pattern: {**override.hyperparameters}
         | ({"method": override.method} if override.method else {})
         for override in adapter.overrides
     }
+    method = "lamda" if adapter.method == LAMDA_PP else adapter.method
     chosen = cf.AdapterConfig(
-        method=cf.make_method(adapter.method, adapter.hyperparameters),
+        method=cf.make_method(method, adapter.hyperparameters),
         targets=adapter.targets,
         layers=adapter.layers,
         overrides=overrides,
@@ -157,7 +161,8 @@ def _make_plan(
     )
     ids = jnp.zeros((1, 8), jnp.int32)
     layouts = cf.linen.find_layouts(lambda params: model(ids, params=params), base)
-    return cf.make_plan(base, chosen, layouts)
+    plan = cf.make_plan(base, chosen, layouts)
+    return cf.allocate_ranks(base, plan) if adapter.method == LAMDA_PP else plan
 
 
 def encode(config: Config, splits: Splits, directory: Path) -> dict[str, Encoded]:

@@ -110,8 +110,8 @@ class Trainer:
         self._encoded = encoded
         self._steps_per_epoch = len(self._batches(0))
         self._total = config.optim.epochs * self._steps_per_epoch
-        full = config.adapter.method == "full"
-        fast = frozenset(plan.trained) - frozenset(head) if full else frozenset()
+        own_rate = config.adapter.method in ("full", "bitfit")
+        fast = frozenset(plan.trained) - frozenset(head) if own_rate else frozenset()
         self._optimizer = make_optimizer(config.optim, plan, self._total, fast)
         self.compiled = compiled or _compiled(config, model, plan, self._optimizer)
 

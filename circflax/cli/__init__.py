@@ -90,7 +90,11 @@ def _inspect(arguments: argparse.Namespace) -> None:
         name = report.name if len(report.name) <= width else "…" + report.name[1 - width :]
         print(
             f"{name:{width}}  {report.method:6} {report.parameter_count:>10,}"
-            f" {report.rank:>5} {report.norm:>9.3g}"
+            + (
+                f" {'–':>5} {'–':>9}"
+                if report.norm is None
+                else f" {report.rank:>5} {report.norm:>9.3g}"
+            )
         )
     for path in file.plan.trained:
         print("/".join(path), "trained in full")

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
@@ -17,13 +18,14 @@ from circflax.interop._export import export_merged
 from circflax.interop._names import leaf_shapes
 from circflax.interop._tensors import CheckpointError, LeafPath
 from circflax.methods import Params
-from circflax.tree import AdapterFile, Target, load_adapters, merge_kernel
+from circflax.tree import AdapterFile, Target, load_adapters, merge_bias, merge_kernel
 from circflax.tree._adapters import adapters_by_target
 from circflax.tree._paths import flatten
 
 if TYPE_CHECKING:
     from transformers import FlaxPreTrainedModel
 
+_Change = Callable[[np.ndarray], np.ndarray]
 _HEAD_FIELDS = ("num_labels", "id2label", "label2id", "problem_type")
 
 
@@ -103,16 +105,20 @@ def export_adapted(
     file, source, model_class, config = _read(directory, base)
     checkpoint = open_checkpoint(source, model_class, config=config)
     file.check_kernels(leaf_shapes(checkpoint.model), checkpoint.read)
-    changes: dict[LeafPath, Callable[[np.ndarray], np.ndarray]] = {}
+    changes: dict[LeafPath, _Change] = {}
     added: dict[LeafPath, np.ndarray] = {}
-    for target, adapter in adapters_by_target(file.adapters, file.plan):
-        changes[target.kernel_path] = partial(_merged, target, adapter, dtype)
     trained = flatten(file.adapters)
     for path in file.plan.trained:
         if path in checkpoint.names:
             changes[path] = partial(_replaced, trained[path])
         else:
             added[path] = trained[path]
+    for target, adapter in adapters_by_target(file.adapters, file.plan):
+        changes[target.kernel_path] = partial(_merged, merge_kernel, target, adapter, dtype)
+        if target.method.changes_bias and (path := target.bias_path) is not None:
+            merged = partial(_merged, merge_bias, target, adapter, dtype)
+            # A bias may have been trained in full besides.
+            changes[path] = _then(changes[path], merged) if path in changes else merged
     export_merged(
         checkpoint.directory,
         output,
@@ -152,9 +158,19 @@ def _read(
     return file, source, model_class, head
 
 
-def _merged(target: Target, adapter: Params, dtype: DTypeLike, kernel: np.ndarray) -> np.ndarray:
-    return np.asarray(merge_kernel(target, adapter, jnp.asarray(kernel), dtype=dtype))
+def _merged(
+    merge: Callable[..., jax.Array],
+    target: Target,
+    adapter: Params,
+    dtype: DTypeLike,
+    leaf: np.ndarray,
+) -> np.ndarray:
+    return np.asarray(merge(target, adapter, jnp.asarray(leaf), dtype=dtype))
 
 
 def _replaced(trained: np.ndarray, base: np.ndarray) -> np.ndarray:
     return trained.astype(base.dtype)
+
+
+def _then(first: _Change, second: _Change) -> _Change:
+    return lambda leaf: second(first(leaf))

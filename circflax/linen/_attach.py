@@ -8,7 +8,8 @@ import jax
 from flax import linen as nn
 
 from circflax import ops
-from circflax.methods import Params
+from circflax.linen._inputs import Arguments, first_input, with_first_input
+from circflax.methods import Additive, Params
 from circflax.tree import ADAPTER, Path, Plan, Target
 
 P = ParamSpec("P")
@@ -21,7 +22,8 @@ def attach(
     """Makes a function that runs a linen model run it with adapters.
 
     Wherever the model calls a layer of the plan, and the parameters it was given hold an adapter
-    beside that layer's kernel (see `circflax.combine`), the adapter acts on the layer's output.
+    beside that layer's kernel (see `circflax.combine`), the adapter acts on the layer's output, or
+    on its input where the method does so.
     Without adapters in the parameters the model is the base model. The adapters' arrays belong to
     the layer's own scope, so `nn.scan`, `nn.remat`, `jit`, `grad` and generation loops treat them
     as they treat its kernel.
@@ -30,7 +32,7 @@ def attach(
     a function that `jax.jit` or a module that `nn.jit` has compiled, may not be traced again and
     then ignores another plan.
 
-    A fresh adapter adds exact zeros, so that the model's outputs are the base's bit for bit; where
+    A fresh adapter changes nothing, so that the model's outputs are the base's bit for bit; where
     XLA fuses the adapted program differently, they are so up to its own rounding.
 
     Args:
@@ -82,15 +84,22 @@ class _Adapt:
         kwargs: dict[str, Any],
         context: nn.module.InterceptorContext,
     ) -> Any:
-        y = layer(*args, **kwargs)
         module = context.module
         target = self._plan.by_path.get(module.path)
         if context.method_name != "__call__" or target is None:
-            return y
+            return layer(*args, **kwargs)
         params = _adapter(module)
         if params is None:
-            return y
-        x = args[0] if args else next(iter(kwargs.values()))
+            return layer(*args, **kwargs)
+        x = first_input(args, kwargs)
+        if isinstance(target.method, Additive):
+            return self._added(target, params, module, x, layer(*args, **kwargs))
+        return _changed(target, params, module, x, layer, (args, kwargs))
+
+    def _added(
+        self, target: Target, params: Params, module: nn.Module, x: Any, y: jax.Array
+    ) -> jax.Array:
+        """The output of a layer whose adapter adds to it."""
         layout = target.layout
         update = self._take(target, x)
         if update is None:
@@ -128,6 +137,25 @@ class _Adapt:
         for (reader, _), update in zip(together[1:], updates[1:], strict=True):
             self._ready[reader.path] = (x, update)
         return updates[0]
+
+
+def _changed(
+    target: Target,
+    params: Params,
+    module: nn.Module,
+    x: jax.Array,
+    layer: Callable[..., Any],
+    arguments: Arguments,
+) -> jax.Array:
+    """The output of a layer whose adapter changes its input, its output, or both."""
+    method, layout = target.method, target.layout
+    flat = layout.flat_input(x)
+    read = layout.input(method.input(params, flat), x.shape)
+    args, kwargs = with_first_input(*arguments, read)
+    y = layer(*args, **kwargs)
+    bias = None if target.bias is None else module.variables["params"][target.bias].reshape(-1)
+    changed = method.apply(params, flat, layout.flat_output(y), bias)
+    return layout.output(changed, y.shape)
 
 
 def _adapter(module: nn.Module, *names: str) -> Params | None:

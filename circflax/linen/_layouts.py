@@ -9,6 +9,7 @@ from flax import linen as nn
 from flax.errors import FlaxError
 from jax.extend.core import Jaxpr, Literal, Var
 
+from circflax.linen._inputs import first_input, with_first_input
 from circflax.tree import Layout, Path, Tree
 from circflax.tree._paths import flatten, join
 
@@ -66,7 +67,7 @@ def find_layouts(run: Callable[[Tree], Any], params: Tree) -> dict[Path, Layout 
                 if path not in leaves:
                     # A model may apply a module by hand, as a tied head: not at its own path.
                     continue
-                readers.add(path, args[0] if args else next(iter(kwargs.values()), None))
+                readers.add(path, first_input(args, kwargs))
                 layout = _layout(module, own, name, args, kwargs, tuple(leaves[path].shape))
                 if found.setdefault(path, layout) != layout:
                     found[path] = "it is called in two ways that use its kernel differently"
@@ -134,10 +135,9 @@ def _layout(
 ) -> Layout | str:
     if any(isinstance(leaf, Mapping) for leaf in own.values()):
         return "its module is made of other modules"
-    inputs = [*args, *kwargs.values()]
-    if not inputs or not hasattr(inputs[0], "ndim"):
+    kernel, x = own[name], first_input(args, kwargs)
+    if not hasattr(x, "ndim"):
         return "its first argument is no array"
-    kernel, x = own[name], inputs[0]
     stacked = len(full) - kernel.ndim
     if full[stacked:] != kernel.shape:
         return "its layers are stacked along another axis of the kernel than the first"
@@ -161,14 +161,11 @@ def _program(
     """The layer's jaxpr as a function of its kernel and its first argument."""
     unbound = module.clone(parent=None, name=None)
     shapes = {key: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for key, leaf in own.items()}
-    first = args[0] if args else next(iter(kwargs.values()))
+    first = first_input(args, kwargs)
 
     def call(kernel: jax.Array, x: jax.Array, rest: dict[str, jax.Array]) -> Any:
-        variables = {"params": {**rest, name: kernel}}
-        if args:
-            return unbound.apply(variables, x, *args[1:], **kwargs)
-        keyword = next(iter(kwargs))
-        return unbound.apply(variables, **{**kwargs, keyword: x})
+        positional, keywords = with_first_input(args, kwargs, x)
+        return unbound.apply({"params": {**rest, name: kernel}}, *positional, **keywords)
 
     x = jax.ShapeDtypeStruct(first.shape, first.dtype)
     kernel = shapes.pop(name)

@@ -7,11 +7,18 @@ from typing import Any
 
 from circflax.methods._method import Method
 from circflax.methods.bca import BCA
+from circflax.methods.boft import BOFT
 from circflax.methods.c3a import C3A
 from circflax.methods.cdvft import CDVFT
+from circflax.methods.fourierft import FourierFT
+from circflax.methods.ia3 import IA3
+from circflax.methods.lamda import LaMDA
 from circflax.methods.lora import LoRA
+from circflax.methods.vera import VeRA
 
-METHODS: Mapping[str, type[Method]] = {method.name: method for method in (CDVFT, C3A, BCA, LoRA)}
+METHODS: Mapping[str, type[Method]] = {
+    method.name: method for method in (CDVFT, C3A, BCA, LoRA, VeRA, FourierFT, IA3, BOFT, LaMDA)
+}
 """Every method by its name; a new one joins here."""
 
 

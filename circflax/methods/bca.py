@@ -8,13 +8,21 @@ import jax
 import jax.numpy as jnp
 
 from circflax import ops
-from circflax.methods._method import Method, Params, check_choice, check_number, check_size
+from circflax.methods._method import (
+    Additive,
+    Flops,
+    Params,
+    check_choice,
+    check_number,
+    check_size,
+    circulant_flops,
+)
 
 _INITS = ("zeros", "projection")
 
 
 @dataclass(frozen=True, kw_only=True)
-class BCA(Method):
+class BCA(Additive):
     """The update is a block-circulant matrix, given by the first columns of its blocks.
 
     `dW = scale * B(c)`, with kernels `c` of shape `(ceil(out/p), ceil(in/p), p)`; blocks that
@@ -80,6 +88,9 @@ class BCA(Method):
 
     def kernels(self, in_features: int, out_features: int) -> list[tuple[int, int, int]]:
         return [self.shapes(in_features, out_features)["c"].shape]
+
+    def flops(self, in_features: int, out_features: int) -> Flops:
+        return circulant_flops(self.kernels(in_features, out_features))
 
     def learning_rates(self, in_features: int, out_features: int) -> dict[str, float]:
         return {"c": 1 / self.shapes(in_features, out_features)["c"].shape[-1]}

@@ -9,13 +9,21 @@ import jax
 import jax.numpy as jnp
 
 from circflax import ops
-from circflax.methods._method import Method, Params, check_choice, check_size
+from circflax.methods._method import (
+    Additive,
+    Flops,
+    Params,
+    check_choice,
+    check_size,
+    circulant_flops,
+    divisors,
+)
 
 _INITS = ("zeros", "xavier_uniform", "gaussian", "kaiming_uniform")
 
 
 @dataclass(frozen=True, kw_only=True)
-class C3A(Method):
+class C3A(Additive):
     """The update is a block-circulant matrix, given by the first rows of its blocks.
 
     `dW = C(w) / in_features`, with kernels `w` of shape `(out/b, in/b, b)`. Without the division,
@@ -52,10 +60,10 @@ class C3A(Method):
         common = math.gcd(in_features, out_features)
         b = self.b or common
         if common % b:
-            fitting = ", ".join(str(d) for d in range(1, common + 1) if common % d == 0)
             raise ValueError(
                 f"C3A's block size b={b} does not divide both in_features={in_features} and"
-                f" out_features={out_features}; those that do are {fitting}."
+                f" out_features={out_features}; those that do are"
+                f" {', '.join(map(str, divisors(common)))}."
             )
         shape = (out_features // b, in_features // b, b)
         match self.init_weights:
@@ -85,3 +93,6 @@ class C3A(Method):
 
     def kernels(self, in_features: int, out_features: int) -> list[tuple[int, int, int]]:
         return [self.shapes(in_features, out_features)["w"].shape]
+
+    def flops(self, in_features: int, out_features: int) -> Flops:
+        return circulant_flops(self.kernels(in_features, out_features))

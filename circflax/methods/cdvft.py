@@ -8,11 +8,18 @@ import jax
 import jax.numpy as jnp
 
 from circflax import ops
-from circflax.methods._method import Method, Params, check_number, check_size
+from circflax.methods._method import (
+    Additive,
+    Flops,
+    Params,
+    check_number,
+    check_size,
+    circulant_flops,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class CDVFT(Method):
+class CDVFT(Additive):
     """The update is a product of interleaved diagonal and circulant matrices.
 
     With `factors = 2m - 1`, `dW = alpha * A_{2m-1} C_{2m-2} ... C_2 A_1` (CDVFT, equation 4): m
@@ -84,6 +91,14 @@ class CDVFT(Method):
         shapes = self.shapes(in_features, out_features)
         circulants = [shapes[f"c{i}"].shape for i in range(2, self.factors, 2)]
         return [shape if len(shape) == 3 else (1, 1, *shape) for shape in circulants]
+
+    def flops(self, in_features: int, out_features: int) -> Flops:
+        circulants = circulant_flops(self.kernels(in_features, out_features))
+        # A diagonal scales going forward; going back it scales, and is itself summed over tokens.
+        diagonals = in_features + out_features * (self.factors - 1) / 2
+        return circulants._replace(
+            forward=circulants.forward + diagonals, backward=circulants.backward + 3 * diagonals
+        )
 
     def learning_rates(self, in_features: int, out_features: int) -> dict[str, float]:
         shapes = self.shapes(in_features, out_features)

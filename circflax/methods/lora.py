@@ -7,11 +7,18 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from circflax.methods._method import Method, Params, check_flag, check_number, check_size
+from circflax.methods._method import (
+    Additive,
+    Flops,
+    Params,
+    check_flag,
+    check_number,
+    check_size,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoRA(Method):
+class LoRA(Additive):
     """The update is a product of two thin matrices.
 
     `dW = s * a b` for a kernel of shape `(in, out)`, with factors `a` of shape `(in, r)` and `b`
@@ -66,6 +73,10 @@ class LoRA(Method):
 
     def delta(self, params: Params, in_features: int, out_features: int) -> jax.Array:
         return jnp.matmul(params["a"], self._scaled(params["b"]), precision="highest")
+
+    def flops(self, in_features: int, out_features: int) -> Flops:
+        products = 2.0 * self.r * (in_features + out_features)
+        return Flops(products, 2 * products)
 
     def _scaled(self, b: jax.Array) -> jax.Array:
         # The scale rides on the second factor, where it costs nothing per token.

@@ -6,6 +6,7 @@ from circflax.tree._adapters import (
     dense_delta,
     init_adapters,
     merge,
+    merge_bias,
     merge_kernel,
     report_adapters,
     switch_off,
@@ -15,6 +16,7 @@ from circflax.tree._files import AdapterFile, check_room, load_adapters, save_ad
 from circflax.tree._layout import Layout
 from circflax.tree._paths import Path, Patterns, Tree
 from circflax.tree._plan import ADAPTER, AdapterConfig, Layouts, Plan, Target, make_plan
+from circflax.tree._ranks import allocate_ranks
 from circflax.tree._summary import Summary, summarize
 
 __all__ = [
@@ -30,6 +32,7 @@ __all__ = [
     "Summary",
     "Target",
     "Tree",
+    "allocate_ranks",
     "check_room",
     "combine",
     "dense_delta",
@@ -37,6 +40,7 @@ __all__ = [
     "load_adapters",
     "make_plan",
     "merge",
+    "merge_bias",
     "merge_kernel",
     "report_adapters",
     "save_adapters",

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from circflax.methods import Params
+from circflax.methods import Additive, Params
 from circflax.tree._paths import Path, Patterns, Tree, ends_with, flatten, join, unflatten
 from circflax.tree._plan import ADAPTER, Plan, Target
 
@@ -90,8 +90,9 @@ def combine(params: Tree, adapters: Tree) -> dict[str, Any]:
 def merge(params: Tree, adapters: Tree, plan: Plan, *, dtype: Any = jnp.float32) -> dict[str, Any]:
     """Folds the adapters into the kernels: parameters of the plain model with the same outputs.
 
-    Each kernel is computed in `dtype` and rounded once to its own. Kernels whose adapters were
-    switched off stay as they are; leaves trained in full take their trained values.
+    Each kernel is computed in `dtype` and rounded once to its own; methods that change what a layer
+    does with its bias change the bias likewise. Kernels whose adapters were switched off stay as
+    they are; leaves trained in full take their trained values.
 
     Args:
         params: the frozen parameters.
@@ -105,7 +106,7 @@ def merge(params: Tree, adapters: Tree, plan: Plan, *, dtype: Any = jnp.float32)
     Raises:
         ValueError: if a result is not finite, or the trees and the plan do not fit.
     """
-    return _fold(params, adapters, plan, partial(merge_kernel, dtype=dtype))
+    return _fold(params, adapters, plan, merge_kernel, merge_bias, dtype)
 
 
 def unmerge(
@@ -128,7 +129,7 @@ def unmerge(
     Raises:
         ValueError: if a result is not finite, or the trees and the plan do not fit.
     """
-    return _fold(params, adapters, plan, partial(unmerge_kernel, dtype=dtype))
+    return _fold(params, adapters, plan, unmerge_kernel, unmerge_bias, dtype)
 
 
 def merge_kernel(
@@ -156,6 +157,20 @@ def unmerge_kernel(
 ) -> jax.Array:
     """The inverse of `merge_kernel`, up to rounding."""
     return _fold_kernel(target.method.unmerge, target, adapter, kernel, dtype)
+
+
+def merge_bias(
+    target: Target, adapter: Params, bias: jax.Array, *, dtype: Any = jnp.float32
+) -> jax.Array:
+    """One layer's bias with its adapter folded in, as `merge_kernel` does the kernel."""
+    return _fold_bias(target.method.merge_bias, target, adapter, bias, dtype)
+
+
+def unmerge_bias(
+    target: Target, adapter: Params, bias: jax.Array, *, dtype: Any = jnp.float32
+) -> jax.Array:
+    """The inverse of `merge_bias`, up to rounding."""
+    return _fold_bias(target.method.unmerge_bias, target, adapter, bias, dtype)
 
 
 def switch_off(adapters: Tree, targets: Patterns = ".*") -> dict[str, Any]:
@@ -195,15 +210,16 @@ class AdapterReport:
         name: its layer's slash-joined name, with the layer's number in a stack.
         method: its method's name.
         parameter_count: number of trainable parameters.
-        norm: Frobenius norm of the update.
-        rank: numerical rank of the update.
+        norm: Frobenius norm of the update; None if the method adds nothing to the kernel but
+            multiplies it.
+        rank: numerical rank of the update, or None likewise.
     """
 
     name: str
     method: str
     parameter_count: int
-    norm: float
-    rank: int
+    norm: float | None
+    rank: int | None
 
 
 def report_adapters(adapters: Tree, plan: Plan) -> list[AdapterReport]:
@@ -221,30 +237,44 @@ def report_adapters(adapters: Tree, plan: Plan) -> list[AdapterReport]:
     """
     reports = []
     for target, adapter in adapters_by_target(adapters, plan):
-        deltas = np.asarray(dense_delta(target, adapter))
+        deltas = None
+        if isinstance(target.method, Additive):
+            deltas = np.asarray(dense_delta(target, adapter))
         for index in np.ndindex(*target.layers):
-            delta = deltas[index]
+            delta = None if deltas is None else deltas[index]
             suffix = "".join(f"[{i}]" for i in index)
             reports.append(
                 AdapterReport(
                     name=target.name + suffix,
                     method=target.method.name,
                     parameter_count=target.parameter_count // max(1, int(np.prod(target.layers))),
-                    norm=float(np.linalg.norm(delta)),
-                    rank=int(np.linalg.matrix_rank(delta)),
+                    norm=None if delta is None else float(np.linalg.norm(delta)),
+                    rank=None if delta is None else int(np.linalg.matrix_rank(delta)),
                 )
             )
     return reports
 
 
 def dense_delta(target: Target, adapter: Params) -> jax.Array:
-    """What an adapter adds to its layer's kernel, as `(*layers, in_features, out_features)`."""
-    delta = partial(
-        target.method.delta, in_features=target.in_features, out_features=target.out_features
-    )
-    for _ in target.layers:
-        delta = jax.vmap(delta)
-    return delta(dict(adapter))
+    """What an adapter of an additive method adds to its layer's kernel.
+
+    Args:
+        target: the layer.
+        adapter: the adapter's arrays.
+
+    Returns:
+        Shape `(*layers, in_features, out_features)`.
+
+    Raises:
+        ValueError: if the method multiplies the kernel instead.
+    """
+    method = target.method
+    if not isinstance(method, Additive):
+        raise ValueError(
+            f"{method.name} adds nothing to the kernel of {target.name!r}: it multiplies it."
+        )
+    delta = partial(method.delta, in_features=target.in_features, out_features=target.out_features)
+    return _each_layer(delta, target)(dict(adapter))
 
 
 def adapters_by_target(adapters: Tree, plan: Plan) -> list[tuple[Target, dict[str, jax.Array]]]:
@@ -303,9 +333,7 @@ def _init(key: jax.Array, plan: Plan, leaves: dict[Path, jax.Array]) -> dict[str
         init = partial(_init_one, target.method, target.in_features, target.out_features)
         own_key = jax.random.fold_in(key, zlib.crc32(target.name.encode()))
         keys = jax.random.split(own_key, target.layers) if target.layers else own_key
-        for _ in target.layers:
-            init = jax.vmap(init)
-        adapter = init(keys, target.layout.matrix(leaves[target.kernel_path]))
+        adapter = _each_layer(init, target)(keys, target.layout.matrix(leaves[target.kernel_path]))
         small |= {(*target.path, ADAPTER, name): array for name, array in adapter.items()}
     return unflatten(small)
 
@@ -325,8 +353,16 @@ def _as_in_base(path: Path, leaf: Any, base: Any) -> Any:
     return leaf.astype(base.dtype)
 
 
+_FoldLeaf = Callable[..., jax.Array]
+
+
 def _fold(
-    params: Tree, adapters: Tree, plan: Plan, fold: Callable[[Target, Params, jax.Array], jax.Array]
+    params: Tree,
+    adapters: Tree,
+    plan: Plan,
+    fold_kernel: _FoldLeaf,
+    fold_bias: _FoldLeaf,
+    dtype: Any,
 ) -> dict[str, Any]:
     leaves = flatten(params)
     check_plan(plan, leaves)
@@ -336,7 +372,10 @@ def _fold(
             if not jnp.isfinite(leaves[path]).all():
                 raise ValueError(f"the trained leaf {join(path)!r} is not finite.")
     for target, adapter in adapters_by_target(adapters, plan):
-        leaves[target.kernel_path] = fold(target, adapter, leaves[target.kernel_path])
+        kernel, bias = target.kernel_path, target.bias_path
+        leaves[kernel] = fold_kernel(target, adapter, leaves[kernel], dtype=dtype)
+        if target.method.changes_bias and bias is not None:
+            leaves[bias] = fold_bias(target, adapter, leaves[bias], dtype=dtype)
     return unflatten(leaves)
 
 
@@ -347,14 +386,46 @@ def _fold_kernel(
     kernel: jax.Array,
     dtype: Any,
 ) -> jax.Array:
+    def folded(adapter: Params, kernel: jax.Array) -> jax.Array:
+        matrix = _each_layer(fold, target)(adapter, target.layout.matrix(kernel))
+        return target.layout.kernel(matrix, target.shape)
+
+    return _computed(folded, adapter, kernel, dtype, f"the merged kernel of {target.name!r}")
+
+
+def _fold_bias(
+    fold: Callable[[Params, jax.Array], jax.Array],
+    target: Target,
+    adapter: Params,
+    bias: jax.Array,
+    dtype: Any,
+) -> jax.Array:
+    def folded(adapter: Params, bias: jax.Array) -> jax.Array:
+        flat = bias.reshape(*target.layers, target.out_features)
+        return _each_layer(fold, target)(adapter, flat).reshape(bias.shape)
+
+    return _computed(folded, adapter, bias, dtype, f"the merged bias of {target.name!r}")
+
+
+def _each_layer(function: Callable[..., jax.Array], target: Target) -> Callable[..., jax.Array]:
+    """The function over the axes of arrays that stack layers."""
     for _ in target.layers:
-        fold = jax.vmap(fold)
+        function = jax.vmap(function)
+    return function
+
+
+def _computed(
+    folded: Callable[[Params, jax.Array], jax.Array],
+    adapter: Params,
+    leaf: jax.Array,
+    dtype: Any,
+    what: str,
+) -> jax.Array:
+    """A folded leaf in its own dtype, computed in another."""
     with jax.enable_x64(jnp.dtype(dtype) == np.float64):
         adapter = {name: jnp.asarray(array, dtype) for name, array in adapter.items()}
-        matrix = target.layout.matrix(jnp.asarray(kernel, dtype))
-        folded = target.layout.kernel(fold(adapter, matrix), target.shape)
-        # Checked in the kernel's dtype, whose range may be smaller than the computation's.
-        folded = folded.astype(kernel.dtype)
-        if not jnp.isfinite(folded).all():
-            raise ValueError(f"the merged kernel of {target.name!r} is not finite.")
-        return folded
+        # Checked in the leaf's dtype, whose range may be smaller than the computation's.
+        result = folded(adapter, jnp.asarray(leaf, dtype)).astype(leaf.dtype)
+        if not jnp.isfinite(result).all():
+            raise ValueError(f"{what} is not finite.")
+        return result

@@ -204,6 +204,7 @@ def _target_to_json(target: Target) -> dict[str, Any]:
         "parameter": target.parameter,
         "layout": target.layout.to_json(),
         "shape": target.shape,
+        "bias": target.bias,
         "method": target.method.name,
         "hyperparameters": dataclasses.asdict(target.method),
     }
@@ -215,6 +216,7 @@ def _target_from_json(data: dict[str, Any]) -> Target:
         parameter=data["parameter"],
         layout=Layout.from_json(data["layout"]),
         shape=tuple(data["shape"]),
+        bias=data.get("bias"),
         method=make_method(data["method"], data["hyperparameters"]),
     )
 

@@ -82,6 +82,10 @@ class Layout:
         x = jnp.moveaxis(x, self.x_axes, range(-n, 0))
         return x.reshape(*x.shape[:-n], -1)
 
+    def input(self, flat: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """The layer's input of a given shape from its flat form: the inverse of `flat_input`."""
+        return _unflattened(flat, shape, self.x_axes)
+
     def flat_output(self, y: jax.Array) -> jax.Array:
         """The layer's output as `(..., out_features)`."""
         n = len(self.y_axes)
@@ -90,9 +94,7 @@ class Layout:
 
     def output(self, flat: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         """The layer's output of a given shape from its flat form: the inverse of `flat_output`."""
-        sizes = [shape[axis] for axis in self.y_axes]
-        y = flat.reshape(*flat.shape[:-1], *sizes)
-        return jnp.moveaxis(y, range(-len(sizes), 0), self.y_axes)
+        return _unflattened(flat, shape, self.y_axes)
 
     def to_json(self) -> dict[str, Any]:
         """The layout as JSON can hold it."""
@@ -108,3 +110,10 @@ class Layout:
     def _order(self) -> list[int]:
         """The kernel's axes with layers first, inputs next and outputs last."""
         return sorted(range(len(self.roles)), key=lambda axis: _ROLES.index(self.roles[axis]))
+
+
+def _unflattened(flat: jax.Array, shape: tuple[int, ...], axes: tuple[int, ...]) -> jax.Array:
+    """An array of a given shape from one whose last axis holds several of its axes."""
+    sizes = [shape[axis] for axis in axes]
+    array = flat.reshape(*flat.shape[:-1], *sizes)
+    return jnp.moveaxis(array, range(-len(sizes), 0), axes)

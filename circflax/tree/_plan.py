@@ -4,14 +4,14 @@ import difflib
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import jax
 import numpy as np
 
-from circflax.methods import Method, make_method, replace_hyperparameters
+from circflax.methods import Additive, Method, make_method, replace_hyperparameters
 from circflax.tree._layout import Layout
 from circflax.tree._paths import (
     Path,
@@ -77,6 +77,7 @@ class Target:
         layout: how the kernel is read as a matrix.
         shape: the kernel's shape.
         method: the adapter's method.
+        bias: the name of its bias's leaf, if it has one.
     """
 
     path: Path
@@ -84,6 +85,7 @@ class Target:
     layout: Layout
     shape: tuple[int, ...]
     method: Method
+    bias: str | None = None
 
     @property
     def name(self) -> str:
@@ -94,6 +96,11 @@ class Target:
     def kernel_path(self) -> Path:
         """The path of the kernel's leaf."""
         return (*self.path, self.parameter)
+
+    @property
+    def bias_path(self) -> Path | None:
+        """The path of the bias's leaf, if the layer has one."""
+        return None if self.bias is None else (*self.path, self.bias)
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -121,8 +128,10 @@ class Target:
 
     @property
     def parameter_count(self) -> int:
-        """Number of the adapter's parameters, over all of its layers."""
-        return sum(math.prod(shape.shape) for shape in self.shapes.values())
+        """Number of the adapter's trainable parameters, over all of its layers."""
+        frozen = self.method.frozen()
+        shapes = self.shapes.items()
+        return sum(math.prod(shape.shape) for name, shape in shapes if name not in frozen)
 
 
 @dataclass(frozen=True)
@@ -167,13 +176,36 @@ class Plan:
             leaves |= {(*target.path, ADAPTER, name): rate for name, rate in rates.items()}
         return unflatten(leaves)
 
+    def training(self, progress: jax.Array) -> dict[str, Any]:
+        """Factors on updates by the part of all steps that are done, as a tree like the adapters'.
+
+        0 where an array, or a part of it, is frozen by then. `optax` users scale updates by it,
+        next to `learning_rates`.
+        """
+        leaves: dict[Path, Any] = dict.fromkeys(self.trained, 1.0)
+        for target in self.targets:
+            factors = target.method.training(progress)
+            leaves |= {
+                (*target.path, ADAPTER, name): factors.get(name, 1.0) for name in target.shapes
+            }
+        return unflatten(leaves)
+
+    def trainable(self) -> dict[str, Any]:
+        """Which arrays train at all, as a tree like the adapters'; the others are only saved."""
+        leaves: dict[Path, Any] = dict.fromkeys(self.trained, True)
+        for target in self.targets:
+            frozen = target.method.frozen()
+            leaves |= {(*target.path, ADAPTER, name): name not in frozen for name in target.shapes}
+        return unflatten(leaves)
+
     def decayed(self) -> dict[str, Any]:
         """Which arrays weight decay may shrink, as a tree like the adapters'."""
         leaves: dict[Path, Any] = dict.fromkeys(self.trained, True)
         for target in self.targets:
-            decayed = target.method.decayed()
+            decayed, frozen = target.method.decayed(), target.method.frozen()
             leaves |= {
-                (*target.path, ADAPTER, name): decayed.get(name, True) for name in target.shapes
+                (*target.path, ADAPTER, name): decayed.get(name, True) and name not in frozen
+                for name in target.shapes
             }
         return unflatten(leaves)
 
@@ -337,7 +369,22 @@ def _target(path: Path, leaves: Mapping[Path, Any], layouts: Layouts, method: Me
         target.shapes  # noqa: B018 - the method checks its hyperparameters against the layer
     except ValueError as error:
         raise ValueError(f"{target.name!r}: {error}") from error
-    return target
+    return replace(target, bias=_bias(target, leaves))
+
+
+def _bias(target: Target, leaves: Mapping[Path, Any]) -> str | None:
+    """The name of the layer's other leaf, which its output contains."""
+    own = [path for path in leaves if path[:-1] == target.path and path != target.kernel_path]
+    size = math.prod(target.layers) * target.out_features
+    if len(own) == 1 and math.prod(leaves[own[0]].shape) == size:
+        return own[0][-1]
+    if own and not isinstance(target.method, Additive):
+        raise ValueError(
+            f"{target.name!r} cannot be adapted by {target.method.name}, which changes what the"
+            " layer computes with its bias: beside its kernel it has"
+            f" {_few(path[-1] for path in own)}, not one number for each output."
+        )
+    return None
 
 
 def _few(items: Any, most: int = 12) -> str:

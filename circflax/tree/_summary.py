@@ -39,7 +39,7 @@ class Summary:
         adapter_parameters: parameters of the adapters.
         trained_parameters: parameters of the leaves trained in full.
         base_parameters: parameters of the base model, trained leaves included.
-        trainable_bytes: size of the small tree in float32.
+        trainable_bytes: size of the small tree in float32, its arrays that never train included.
         base_bytes: size of the base model as it is.
     """
 
@@ -135,7 +135,8 @@ def summarize(params: Tree, plan: Plan) -> Summary:
         adapter_parameters=adapters,
         trained_parameters=trained,
         base_parameters=sum(math.prod(leaf.shape) for leaf in leaves.values()),
-        trainable_bytes=4 * (adapters + trained),
+        trainable_bytes=4 * trained
+        + sum(bytes_of(shape) for target in plan.targets for shape in target.shapes.values()),
         base_bytes=sum(bytes_of(leaf) for leaf in jax.tree.leaves(leaves)),
     )
 

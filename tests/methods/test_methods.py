@@ -7,8 +7,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from circflax.methods import BCA, C3A, CDVFT, METHODS, LoRA, make_method
-from tests.methods.cases import CASES, COUNTS, REFERENCES, Case
+from circflax.methods import (
+    BCA,
+    BOFT,
+    C3A,
+    CDVFT,
+    IA3,
+    METHODS,
+    Additive,
+    FourierFT,
+    LaMDA,
+    LoRA,
+    VeRA,
+    make_method,
+)
+from tests.methods.cases import CASES, COUNTS, MERGED, REFERENCES, Case
 
 over_cases = pytest.mark.parametrize("case", CASES, ids=str)
 # One of each method, where blocks are cut off if the method has that.
@@ -17,13 +30,26 @@ ONE_EACH = (
     Case(C3A(b=3), 6, 9),
     Case(BCA(p=4), 7, 5),
     Case(LoRA(r=2, alpha=3.0), 7, 5),
+    Case(VeRA(r=6), 7, 5),
+    Case(FourierFT(n=20), 7, 5),
+    Case(IA3(), 7, 5),
+    Case(BOFT(b=2), 12, 5),
+    Case(LaMDA(r=2, alpha=3.0), 7, 5),
 )
 over_methods = pytest.mark.parametrize("case", ONE_EACH, ids=str)
+
+
+def additive(cases: tuple[Case, ...]) -> list[Case]:
+    return [case for case in cases if isinstance(case.method, Additive)]
+
+
+over_additive_cases = pytest.mark.parametrize("case", additive(CASES), ids=str)
+over_additive_methods = pytest.mark.parametrize("case", additive(ONE_EACH), ids=str)
 FRESH = tuple(case for case in CASES if getattr(case.method, "init_weights", "zeros") == "zeros")
 
 
 def init(case: Case):
-    kernel = jnp.asarray(np.random.default_rng(2).standard_normal(case_shape(case)), jnp.float32)
+    kernel = jnp.asarray(case.kernel(np.float32))
     return case.method.init(jax.random.key(0), case.in_features, case.out_features, kernel)
 
 
@@ -32,10 +58,30 @@ def case_shape(case: Case) -> tuple[int, int]:
 
 
 def test_every_method_is_tested() -> None:
-    assert set(METHODS) == set(REFERENCES) == set(COUNTS) == {case.method.name for case in CASES}
+    assert set(METHODS) == set(REFERENCES) | set(MERGED) == set(COUNTS)
+    assert set(METHODS) == {case.method.name for case in CASES}
+    assert set(METHODS) == {case.method.name for case in ONE_EACH}
+
+
+def adapted(case: Case, params, x, kernel, bias):
+    """The output of an adapted layer with a bias."""
+    y = case.method.input(params, x) @ kernel + bias
+    return case.method.apply(params, x, y, jnp.asarray(bias))
 
 
 @over_cases
+@pytest.mark.usefixtures("x64")
+def test_adapted_layer_is_the_merged_layer(case: Case) -> None:
+    params, x = case.params(), case.x((2, 3))
+    kernel, bias = case.reference_merged(params)
+    y = adapted(case, params, x, case.kernel(), case.bias())
+    np.testing.assert_allclose(y, x @ kernel + bias, atol=1e-10)
+    np.testing.assert_allclose(case.method.merge(params, case.kernel()), kernel, atol=1e-10)
+    np.testing.assert_allclose(case.method.merge_bias(params, case.bias()), bias, atol=1e-10)
+    assert case.method.changes_bias or np.array_equal(bias, case.bias())
+
+
+@over_additive_cases
 @pytest.mark.usefixtures("x64")
 def test_delta_is_the_definition(case: Case) -> None:
     params = case.params()
@@ -52,31 +98,34 @@ def check_update(case: Case, dtype) -> None:
     np.testing.assert_allclose(update, expected, atol=tolerance)
 
 
-@over_cases
+@over_additive_cases
 @pytest.mark.usefixtures("x64")
 def test_update_is_the_product_with_delta(case: Case) -> None:
     check_update(case, np.float64)
 
 
-@over_methods
+@over_additive_methods
 def test_update_in_float32_is_the_product_with_delta(case: Case) -> None:
     check_update(case, np.float32)
 
 
 @over_methods
-def test_merge_adds_delta_and_unmerge_takes_it_out(case: Case) -> None:
-    params = case.params(np.float32)
-    kernel = np.random.default_rng(3).standard_normal(case_shape(case)).astype(np.float32)
-    merged = case.method.merge(params, kernel)
-    np.testing.assert_allclose(merged, kernel + case.reference_delta(params), rtol=1e-4, atol=1e-4)
+def test_unmerge_takes_out_what_merge_folded_in(case: Case) -> None:
+    params, kernel, bias = case.params(np.float32), case.kernel(np.float32), case.bias(np.float32)
+    merged, merged_bias = case.method.merge(params, kernel), case.method.merge_bias(params, bias)
+    expected, expected_bias = case.reference_merged(params)
+    np.testing.assert_allclose(merged, expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(merged_bias, expected_bias, rtol=1e-5)
     np.testing.assert_allclose(case.method.unmerge(params, merged), kernel, atol=1e-4)
+    np.testing.assert_allclose(case.method.unmerge_bias(params, merged_bias), bias, rtol=1e-5)
 
 
 @over_cases
 def test_count_is_the_papers_formula_and_the_size_of_the_arrays(case: Case) -> None:
     count = case.method.parameter_count(*case_shape(case))
     assert count == case.reference_count()
-    assert count == sum(array.size for array in init(case).values())
+    trained = {k: v for k, v in init(case).items() if k not in case.method.frozen()}
+    assert count == sum(array.size for array in trained.values())
 
 
 @over_methods
@@ -90,29 +139,57 @@ def test_arrays_are_float32_and_have_the_promised_shapes(case: Case, x64: bool) 
 
 
 @pytest.mark.parametrize("case", FRESH, ids=str)
-def test_fresh_adapter_adds_exactly_zero(case: Case) -> None:
-    params = init(case)
-    assert not np.any(case.method.update(params, case.x(dtype=np.float32), case.out_features))
-    assert not np.any(case.method.delta(params, *case_shape(case)))
+def test_fresh_adapter_changes_nothing(case: Case) -> None:
+    params, x = init(case), case.x(dtype=np.float32)
+    kernel, bias = case.kernel(np.float32), case.bias(np.float32)
+    y = jnp.asarray(x) @ kernel + bias
+    assert np.array_equal(adapted(case, params, jnp.asarray(x), kernel, bias), y)
+    assert np.array_equal(case.method.merge(params, kernel), kernel)
+    assert np.array_equal(case.method.merge_bias(params, bias), bias)
+
+
+# The arrays that a fresh adapter's gradient reaches; it would never move with two factors at zero.
+FIRST = {
+    "cdvft": "c2",
+    "c3a": "w",
+    "bca": "c",
+    "lora": "b",
+    "vera": "b",
+    "fourierft": "c",
+    "ia3": "l",
+    "boft": "r",
+    "lamda": "s",
+}
 
 
 @over_methods
 def test_fresh_adapter_has_a_gradient(case: Case) -> None:
-    # A start with two factors at zero would never move.
     x, g = case.x(dtype=np.float32), np.random.default_rng(4).standard_normal(case.out_features)
-    _, vjp = jax.vjp(lambda params: case.method.update(params, x, case.out_features), init(case))
+    kernel, bias = case.kernel(np.float32), case.bias(np.float32)
+    _, vjp = jax.vjp(lambda params: adapted(case, params, x, kernel, bias), init(case))
     (grads,) = vjp(jnp.asarray(np.broadcast_to(g, (3, g.size)), jnp.float32))
-    (first,) = [grad for name, grad in grads.items() if name in ("c", "c2", "w", "b")]
-    # Only what blocks that are cut off never reach may stay without one.
-    assert np.mean(np.abs(first) > 0) > 0.5
+    # Only what blocks that are cut off never reach may stay without one, and a block's diagonal.
+    assert np.mean(np.abs(grads[FIRST[case.method.name]]) > 0) >= 0.5
+    assert not any(np.any(grads[name]) for name in case.method.frozen())
+
+
+@over_methods
+def test_what_is_frozen_in_the_course_of_training_is_named(case: Case) -> None:
+    shapes = case.method.shapes(*case_shape(case))
+    for progress in (0.0, 0.5, 1.0):
+        factors = case.method.training(jnp.float32(progress))
+        assert set(factors) <= set(shapes)
+        for name, factor in factors.items():
+            assert np.broadcast_shapes(factor.shape, shapes[name].shape) == shapes[name].shape
 
 
 @over_methods
 def test_gradients_are_independent_of_how_tokens_are_batched(case: Case) -> None:
     params, x = case.params(np.float32), case.x((4, 3), np.float32)
+    kernel, bias = 0.1 * case.kernel(np.float32), case.bias(np.float32)
 
     def loss(params, x):
-        return jnp.sum(jnp.sin(case.method.update(params, x, case.out_features)))
+        return jnp.sum(jnp.sin(adapted(case, params, x, kernel, bias)))
 
     together = jax.grad(loss)(params, x)
     alone = jax.jit(jax.grad(loss))
@@ -122,15 +199,16 @@ def test_gradients_are_independent_of_how_tokens_are_batched(case: Case) -> None
 
 
 @over_methods
-def test_apply_keeps_the_dtype_of_the_layer(case: Case) -> None:
+def test_adapted_layer_keeps_its_dtype(case: Case) -> None:
     params, x = case.params(np.float32), jnp.asarray(case.x(), jnp.bfloat16)
-    y = jnp.ones((3, case.out_features), jnp.bfloat16)
-    out = case.method.apply(params, x, y)
+    kernel, bias = (jnp.asarray(a, jnp.bfloat16) for a in (case.kernel(), case.bias()))
+    out = adapted(case, params, x, kernel, bias)
     assert out.dtype == jnp.bfloat16
-    # The update is computed in the adapter's float32 and rounded to the layer's dtype once, or in
-    # the layer's dtype throughout.
-    update = np.asarray(x, np.float64) @ case.reference_delta(params)
-    np.testing.assert_allclose(np.asarray(out - y, float), update, rtol=0.02, atol=0.02)
+    exact = {name: np.asarray(array, np.float64) for name, array in params.items()}
+    merged, merged_bias = case.reference_merged(exact)
+    expected = np.asarray(x, np.float64) @ merged + merged_bias
+    error = np.abs(np.asarray(out, np.float64) - expected).max()
+    assert error < 0.03 * np.abs(expected).max()
 
 
 @over_cases
@@ -150,6 +228,8 @@ def test_learning_rates_and_decay_name_the_arrays(case: Case) -> None:
     [
         (C3A(b=4), {"w": 1.0}),
         (LoRA(r=2), {"a": 1.0, "b": 1.0}),
+        (VeRA(r=2), {"d": 1.0, "b": 1.0}),
+        (BOFT(b=2), {"r": 1.0, "s": 1.0}),
         (BCA(), {"c": 1 / 8}),
         (BCA(p=4), {"c": 1 / 4}),
         (BCA(p=5), {"c": 1 / 5}),
@@ -164,9 +244,10 @@ def test_learning_rate_rules(method, rates) -> None:
     assert method.learning_rates(8, 12) == rates
 
 
-def test_decay_spares_the_diagonals() -> None:
+def test_decay_spares_what_starts_at_one() -> None:
     assert CDVFT(factors=5).decayed() == {"a1": False, "a3": False, "a5": False}
-    assert not BCA().decayed() and not C3A().decayed() and not LoRA().decayed()
+    assert BOFT().decayed() == {"s": False} and IA3().decayed() == {"l": False}
+    assert not any(method().decayed() for method in (BCA, C3A, LoRA, VeRA, FourierFT, LaMDA))
 
 
 D, F = 4096, 11008  # LLaMA-2-7B
@@ -195,6 +276,10 @@ def total(method, layers: list[tuple[int, int]]) -> int:
         (LoRA(r=8), BASE, 294_912),
         (LoRA(r=8), LARGE, 786_432),
         (LoRA(r=64), QV * 32, 33_554_432),
+        (VeRA(r=1024), BASE, 43_008),
+        (VeRA(r=256), LARGE, 61_440),
+        (FourierFT(n=1000), BASE, 24_000),
+        (FourierFT(n=1000), QV * 32, 64_000),
     ],
     ids=str,
 )
@@ -238,7 +323,7 @@ def test_counts_on_llama_2_7b_in_millions(p: int, bca, cdvft) -> None:
     ("call", "message"),
     [
         (lambda: make_method("cdvt"), "unknown method 'cdvt'; did you mean 'cdvft'"),
-        (lambda: make_method("zzz"), "'zzz'; There are cdvft, c3a, bca, lora"),
+        (lambda: make_method("zzz"), "'zzz'; There are cdvft, c3a, bca, lora, vera"),
         (lambda: make_method("cdvft", {"factor": 3}), "cdvft has no .*'factor'; .*'factors'"),
         (lambda: make_method("c3a", {"zzz": 3}), "'zzz'; There are b, init_weights"),
         (lambda: make_method("bca", {"p": -1}), "`p` must be a positive whole number, but is -1"),
@@ -257,6 +342,18 @@ def test_counts_on_llama_2_7b_in_millions(p: int, bca, cdvft) -> None:
         (lambda: LoRA(alpha="x"), "`alpha` must be a finite number, but is 'x'"),
         (lambda: LoRA(alpha=float("inf")), "`alpha` must be a finite number, but is inf"),
         (lambda: LoRA(rank_stabilized="no"), "`rank_stabilized` must be true or false, .* 'no'"),
+        (lambda: VeRA(r=0), "`r` must be a positive whole number, but is 0"),
+        (lambda: VeRA(seed=-1), "`seed` must be a whole number from 0 .* but is -1"),
+        (lambda: VeRA(d_initial="x"), "`d_initial` must be a finite number"),
+        (lambda: FourierFT(init_weights="x"), "one of zeros, gaussian, but is 'x'"),
+        (lambda: FourierFT(n=13).shapes(4, 3), "n=13 exceeds the 12 entries .*in_features=4"),
+        (lambda: IA3(feedforward=1), "`feedforward` must be true or false, but is 1"),
+        (lambda: BOFT(b=3), "m=2 factors .* `b` must be even, but it is 3"),
+        (lambda: BOFT(b=8, m=2).shapes(24, 6), "b=8 with m=2 .*in_features=24.* fit: 2, 4, 6, 12"),
+        (lambda: BOFT(b=8, m=2).shapes(5, 6), "in_features=5.* multiple of b . 2; .* fit: none"),
+        (lambda: LaMDA(r=9).shapes(8, 12), "r=9 exceeds the 8 singular .*in_features=8"),
+        (lambda: LaMDA(freeze_until=1.5), "`freeze_until` must lie between 0 and 1, but is 1.5"),
+        (lambda: LaMDA().init(jax.random.key(0), 64, 64), "starts from the layer's own weights"),
         (lambda: C3A(b=4).shapes(8, 6), "b=4 does not .*in_features=8.*out_features=6.* are 1, 2"),
         (
             lambda: BCA(init_weights="projection").init(jax.random.key(0), 4, 4),
