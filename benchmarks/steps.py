@@ -10,10 +10,10 @@ from rich.progress import track
 
 import circflax as cf
 from benchmarks.results import Record, Results, by_case, markdown_table, milliseconds
-from benchmarks.timing import time_interleaved
 from train.config import OptimConfig
 from train.optimizer import make_optimizer
 from train.steps import TrainState, make_forward, make_train_step
+from train.timing import peak_memory, time_interleaved
 
 # Widths of the models by name; the rest follows from RoBERTa's and BERT's base configurations.
 MODELS = {
@@ -123,16 +123,6 @@ def run(results: Results, suite: str, cases: Sequence[Record], rounds: int) -> N
         for name, timing in timings.items():
             measured[name] |= timing._asdict()
         results.add(suite, case, measured)
-
-
-def peak_memory(compiled: Any) -> int:
-    """Bytes of memory that a compiled program uses at most, its arguments included."""
-    stats = compiled.memory_analysis()
-    if jax.default_backend() != "cpu":
-        return stats.peak_memory_in_bytes
-    # On CPU the peak leaves out temporary arrays, which live in one allocation.
-    arrays = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
-    return arrays + stats.temp_size_in_bytes
 
 
 def _random(shapes: Any) -> Any:

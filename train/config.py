@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar
 import jsonargparse
 import yaml
 
-from train import glue
+from train import docstrings, glue
 
 
 class ConfigError(ValueError):
@@ -59,11 +59,12 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The examples: either a GLUE task from the Hub or local files.
+    """The examples: either a task by name or local files.
 
     Attributes:
-        task: GLUE task to load from the Hub. Its official validation split is reported as the
-            test split, since the official test labels are hidden.
+        task: GLUE task to load from the Hub, whose official validation split is reported as the
+            test split, since the official test labels are hidden; or "docstrings": which module
+            of Python's standard library is a docstring of? That needs no download.
         train: Training file: .tsv/.txt (tab-separated), .csv or .jsonl, also with .gz or .xz.
         validation: Validation file; None holds out `validation_fraction` of the training split.
         test: Test file; None holds out `test_fraction` of the training split, if that is set, and
@@ -84,6 +85,7 @@ class DataConfig:
         max_length: Longest sequence in tokens; longer ones are truncated and counted.
         buckets: Sequence lengths that batches are padded to.
         max_train_examples: Train on a random part of at most this many examples.
+        max_eval_examples: Validate and test on random parts of at most this many examples each.
     """
 
     task: str | None = None
@@ -104,15 +106,17 @@ class DataConfig:
     max_length: int = 128
     buckets: tuple[int, ...] = (32, 64, 128, 256, 512)
     max_train_examples: int | None = None
+    max_eval_examples: int | None = None
 
     def __post_init__(self) -> None:
         _require(
             (self.task is None) != (self.train is None),
-            "set exactly one of `data.task` (a GLUE task from the Hub) and `data.train` (a file)",
+            "set exactly one of `data.task` (a task by name) and `data.train` (a file)",
         )
         _require(
-            self.task is None or self.task in glue.TASKS,
-            f"`data.task` {self.task!r} is not a GLUE task; it can be {', '.join(glue.TASKS)}",
+            self.task in (None, docstrings.NAME, *glue.TASKS),
+            f"`data.task` {self.task!r} is no GLUE task; it can be {', '.join(glue.TASKS)}, or"
+            f" {docstrings.NAME}",
         )
         if self.task is not None:
             # The task fixes these; a value given beside it would be ignored.
@@ -145,7 +149,8 @@ class DataConfig:
             and list(self.buckets) == sorted(set(self.buckets)),
             f"`data.buckets` must be increasing lengths above 0, not {list(self.buckets)}",
         )
-        _require_fields("data", self, lambda v: v >= 1, "at least 1", "max_train_examples")
+        most = ("max_train_examples", "max_eval_examples")
+        _require_fields("data", self, lambda v: v >= 1, "at least 1", *most)
         _require_fields("data", self, lambda v: v >= 2, "at least 2", "max_length")
         _require_fields("data", self, lambda v: v >= 0, "at least 0", "split_seed")
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 
-from train import glue
+from train import docstrings, glue
 from train.config import DataConfig
 
 if TYPE_CHECKING:
@@ -175,7 +175,9 @@ def load_splits(config: DataConfig) -> Splits:
     Raises:
         DataError: If a file or dataset is missing, empty or unreadable, or a row does not fit.
     """
-    if config.task is not None:
+    if config.task == docstrings.NAME:
+        train, validation, test, names, notes = _load_docstrings()
+    elif config.task is not None:
         train, validation, test, names, notes = _load_glue(config.task)
     else:
         train, validation, test, names, notes = _load_files(config)
@@ -192,13 +194,20 @@ def load_splits(config: DataConfig) -> Splits:
         train, test = hold_out("test", config.test_fraction)
     if validation is None:
         train, validation = hold_out("validation", config.validation_fraction)
-    if config.max_train_examples is not None and config.max_train_examples < len(train):
-        notes.append(f"training: {config.max_train_examples} of {len(train)} examples, at random")
+
+    def part(name: str, split: Split, most: int | None) -> Split:
+        if most is None or most >= len(split):
+            return split
+        notes.append(f"{name}: {most} of {len(split)} examples, at random")
         rng = np.random.default_rng(config.split_seed)
-        chosen = rng.choice(len(train), config.max_train_examples, replace=False)
-        train = train.take(np.sort(chosen))
+        return split.take(np.sort(rng.choice(len(split), most, replace=False)))
+
+    train = part("training", train, config.max_train_examples)
+    validation = part("validation", validation, config.max_eval_examples)
     if test is None:
         notes.append("test: no test split given, so no test result is reported")
+    else:
+        test = part("test", test, config.max_eval_examples)
     return Splits(train, validation, test, names, tuple(notes))
 
 
@@ -388,6 +397,16 @@ def _load_glue(task: str) -> _Loaded:
 
     note = f"test: the official {spec.validation} split, as the official test labels are hidden"
     return split("train"), None, split(spec.validation), spec.labels, [note]
+
+
+def _load_docstrings() -> _Loaded:
+    names = tuple(docstrings.collect())
+
+    def split(part: str) -> Split:
+        texts, modules = zip(*docstrings.examples(part), strict=True)
+        return Split(texts, None, np.asarray([names.index(m) for m in modules], np.int32))
+
+    return split("train"), split("validation"), split("test"), names, []
 
 
 def _load_files(config: DataConfig) -> _Loaded:
