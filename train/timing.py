@@ -1,8 +1,11 @@
-"""Time and memory of compiled functions."""
+"""Time and memory of compiled functions, and what they depend on."""
 
+import os
+import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -65,3 +68,25 @@ def peak_memory(compiled: Any) -> int:
     # On CPU the peak leaves out temporary arrays, which live in one allocation.
     arrays = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
     return arrays + stats.temp_size_in_bytes
+
+
+def describe_machine() -> dict[str, str]:
+    """What the numbers depend on.
+
+    Returns:
+        The device, its cores and the versions of Python and JAX, in words.
+    """
+    device = jax.devices()[0]
+    return {
+        "device": device.device_kind if device.platform != "cpu" else _processor(),
+        "cores": str(len(os.sched_getaffinity(0))),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+    }
+
+
+def _processor() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

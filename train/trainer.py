@@ -161,6 +161,16 @@ class Trainer:
         self._go_on(run, _Outlets(None, observer, observer, time.monotonic()))
         return run.best, run.progress
 
+    def start(self) -> tuple[TrainState, jax.Array]:
+        """The state before the first update.
+
+        Returns:
+            The state, and the key that dropout's keys are made from.
+        """
+        init_key, rng = jax.random.split(jax.random.key(self._config.run.seed))
+        small = cf.init_adapters(init_key, self._plan, self._base)
+        return TrainState(small, self._optimizer.init(small), jnp.zeros((), jnp.int32)), rng
+
     def evaluate(self, small: Any, encoded: Encoded) -> tuple[dict[str, float], float]:
         """Predicts a split.
 
@@ -189,13 +199,11 @@ class Trainer:
             self._close_epoch(run, epoch, outlets)
 
     def _begin(self, checkpoints: Checkpoints | None) -> _Run:
-        init_key, rng = jax.random.split(jax.random.key(self._config.run.seed))
-        small = cf.init_adapters(init_key, self._plan, self._base)
-        state = TrainState(small, self._optimizer.init(small), jnp.zeros((), jnp.int32))
+        state, rng = self.start()
         if checkpoints is not None and checkpoints.latest is not None:
             return _Run(*checkpoints.restore(state, rng))
         # A copy, here and below: an update donates the buffers of the state it is given.
-        return _Run(state, jax.tree.map(jnp.copy, small), rng, Progress())
+        return _Run(state, jax.tree.map(jnp.copy, state.small), rng, Progress())
 
     def _train_epoch(self, run: _Run, epoch: int, outlets: _Outlets) -> None:
         start = int(run.state.step) - epoch * self._steps_per_epoch

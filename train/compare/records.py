@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from train.compare.grid import Grid, Trial, key_of
+from train.compare.grid import Grid, key_of
 
 FILE_NAME = "cells.jsonl"
 Record = dict[str, Any]
@@ -128,19 +128,6 @@ def foreign(grid: Grid, records: Mapping[str, Record]) -> list[str]:
                 f" settings ({_difference(others[-1]['settings'], known[-1])}) and do not count"
             )
     return sentences
-
-
-def finished(trial: Trial, records: Mapping[str, Record]) -> dict[str, Record]:
-    """The records of a method on a task.
-
-    Args:
-        trial: The method on the task.
-        records: Records by key.
-
-    Returns:
-        Those of its cells that have one, failed ones included, by key.
-    """
-    return {key: records[key] for key in trial.cells if key in records}
 
 
 def _same(left: Any, right: Any) -> bool:
