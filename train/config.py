@@ -379,12 +379,21 @@ def _name_entry(
     parser: jsonargparse.ArgumentParser, namespace: jsonargparse.Namespace, error: ConfigError
 ) -> ConfigError:
     """Adds which entry of a mapping of sections does not fit, which a section cannot know."""
-    for key, entries in vars(namespace).items():
-        for name, entry in entries.items() if isinstance(entries, dict) else ():
-            try:
-                parser.instantiate(jsonargparse.Namespace({key: {name: entry}}))
-            except ConfigError:
-                return ConfigError(f"`{key}.{name}`: {error}")
+    mappings = {key: value for key, value in vars(namespace).items() if isinstance(value, dict)}
+
+    def fits(**kept: Any) -> bool:
+        partial = {**vars(namespace), **{key: {} for key in mappings}, **kept}
+        try:
+            parser.instantiate(jsonargparse.Namespace(partial))
+        except ConfigError:
+            return False
+        return True
+
+    if fits():
+        for key, entries in mappings.items():
+            for name, entry in entries.items():
+                if not fits(**{key: {name: entry}}):
+                    return ConfigError(f"`{key}.{name}`: {error}")
     return error
 
 
@@ -488,27 +497,38 @@ def _keys(kind: type) -> dict[str, Any]:
 
 def _sentence(message: str, kind: type) -> str:
     """Turns the parser's message of several lines into one sentence with the key and its type."""
-    key = re.search(r'key "([^"]+)"', message)
-    prefix = f"{key[1]}." if key else ""
+    keys = re.findall(r'key "([^"]+)"', message)
+    name, hint = _locate(keys, kind)
     required = re.search(r"arguments are required: (.*)", message)
     if required:
-        return f"`{prefix}{required[1]}` must be set"
+        return f"`{name}{'.' if name else ''}{required[1]}` must be set"
     unexpected = re.search(r"unrecognized arguments: (.*)", message)
     if unexpected:
         return f"unexpected argument `{unexpected[1]}`; settings are given as --section.field value"
-    hint = _keys(kind).get(key[1]) if key else None
-    unaccepted = re.search(r"Option '([^']+)' is not accepted", message)
-    if unaccepted:
-        names = [
-            f.name for t in typing.get_args(hint) if t is not ... for f in dataclasses.fields(t)
-        ]
-        return str(
-            _unknown(f"{prefix}{unaccepted[1]}", [f"{prefix}{name}" for name in names], kind)
-        )
+    group = re.search(r"Group '([^']+)' does not accept option '([^']+)'", message)
+    option = re.search(r"Option '([^']+)' is not accepted", message)
+    if group or option:
+        name, section = _locate([*keys, group[1]] if group else keys, kind)
+        known = [f"{name}.{field}" for field in typing.get_type_hints(section)]
+        return str(_unknown(f"{name}.{group[2] if group else option[1]}", known, kind))
     value = re.findall(r"(?:Got|Given) value: (.*)", message)
-    if hint is None or not value:
+    if not keys or not value:
         return " ".join(message.split())
-    return f"`{key[1]}` must be {_describe(hint)}, not {value[-1]!r}"
+    return f"`{name}` must be {_describe(hint)}, not {value[-1]!r}"
+
+
+def _locate(keys: Iterable[str], kind: type) -> tuple[str, Any]:
+    """The name and the type of what nested keys lead to, with a star for any entry's name."""
+    name, hint = [], kind
+    for key in keys:
+        for part in key.split("."):
+            hint = typing.get_type_hints(hint)[part]
+            name.append(part)
+        if typing.get_origin(hint) is dict and _holds_sections(hint):
+            name.append("*")
+        sections = [item for item in typing.get_args(hint) if dataclasses.is_dataclass(item)]
+        hint = sections[0] if sections else hint
+    return ".".join(name), hint
 
 
 def _describe(hint: Any) -> str:

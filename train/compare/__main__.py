@@ -62,8 +62,10 @@ def _run(argv: Sequence[str], console: Console) -> int:
     directory = Path(grid.output)
     if options.report:
         known, _ = records.read(directory / records.FILE_NAME)
+        _note(console, *records.foreign(grid, known))
     else:
         with records.Records(directory) as file:
+            _note(console, *file.notices, *records.foreign(grid, file.by_key))
             _work(grid, file, options, console)
             known = file.by_key
     outcomes = gather(grid, known)
@@ -81,8 +83,6 @@ def _run(argv: Sequence[str], console: Console) -> int:
 
 def _work(grid: Grid, file: records.Records, options: argparse.Namespace, console: Console) -> None:
     """Runs cells, and when all have run measures what steps cost."""
-    for notice in filter(None, (file.notice, *records.foreign(grid, file.by_key))):
-        _say(console, f"note: {notice}.")
     if options.retry:
         file.forget_failures()
     labels = list(grid.methods) if options.measure else costs.unmeasured(grid)
@@ -115,6 +115,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--measure", action="store_true", help="measure all methods' costs anew")
     parser.add_argument("--report", action="store_true", help="write tables and plots, run nothing")
     return parser
+
+
+def _note(console: Console, *notices: str) -> None:
+    for notice in notices:
+        _say(console, f"note: {notice}.")
 
 
 def _say(console: Console, message: str) -> None:

@@ -46,7 +46,8 @@ class MethodConfig(AdapterConfig):
         head_learning_rates: Peak learning rates of parameters trained in full.
     """
 
-    method: str
+    # Unlike in a run no method goes without saying.
+    method: str = field()
     learning_rates: tuple[float, ...] = ()
     head_learning_rates: tuple[float, ...] = (1e-3,)
 

@@ -111,7 +111,7 @@ def _bars(grid: Grid, memory: Mapping[str, float], xlabel: str) -> "Figure":
     values = [memory[label] for label in labels]
     bars = axes.barh(labels, values, color=[_colour(grid, label) for label in labels])
     axes.bar_label(bars, [f"{value:,.0f}" for value in values], padding=3, fontsize=9)
-    axes.margins(x=0.1)
+    axes.margins(x=0.1, y=0.02)
     axes.set(xlabel=xlabel)
     figure.suptitle("Peak memory of a training step", fontsize=11)
     return figure
@@ -140,6 +140,7 @@ def _name_points(figure: "Figure", axes: "Axes", points: Mapping[str, tuple[floa
     pixels = {label: axes.transData.transform(point) for label, point in points.items()}
     reach = 5 * figure.dpi / 72
     taken = [Bbox([centre - reach, centre + reach]) for centre in pixels.values()]
+    taken += [text.get_window_extent() for text in axes.texts]
     for label, point in points.items():
         for place in _PLACES:
             text, box = _write(axes, label, point, place)
@@ -170,6 +171,7 @@ def _write(
         va="center",
         fontsize=9,
         arrowprops={"arrowstyle": "-", "color": "0.7", "linewidth": 0.6},
+        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5},
     )
     # An annotation's own extent contains its line, which may cross others.
     text.update_positions(axes.figure.canvas.get_renderer())

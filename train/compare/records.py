@@ -38,11 +38,11 @@ class Records:
             self._file.close()
             raise ValueError(f"another process is at work on `{path}`") from None
         self.by_key, whole = read(path)
-        self.notice = ""
+        self.notices: tuple[str, ...] = ()
         if whole < path.stat().st_size:
             # Cutting off the end leaves every finished cell as it is, whenever it is interrupted.
             os.truncate(path, whole)
-            self.notice = f"`{path}` ended in the middle of a record, which is dropped"
+            self.notices = (f"`{path}` ended in the middle of a record, which is dropped",)
 
     def __enter__(self) -> "Records":
         return self

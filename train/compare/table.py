@@ -167,12 +167,14 @@ def _rates(grid: Grid, outcomes: Outcomes) -> str:
 
 def _missing(outcomes: Outcomes) -> str:
     total, left = (sum(getattr(o, name) for o in outcomes.values()) for name in ("size", "left"))
-    lines = [f"{left:,} of {total:,} cells have not run." if left else "All cells have run."]
+    lines = [f"{left:,} of {total:,} cells have not run:" if left else "All cells have run."]
+    lines += [""] * bool(left)
     for task in dict.fromkeys(task for task, _ in outcomes):
         waiting = [o for (name, _), o in outcomes.items() if name == task and o.left]
+        begun = any(o.left < o.size for (name, _), o in outcomes.items() if name == task)
+        counts = ", ".join(f"{o.label} ({o.left} of {o.size})" for o in waiting)
         if waiting:
-            counts = ", ".join(f"{o.label} ({o.left} of {o.size})" for o in waiting)
-            lines.append(f"- {task}: {counts}")
+            lines.append(f"- {task}: {counts if begun else 'no cell of any method has run'}")
     failures = [failure for outcome in outcomes.values() for failure in outcome.failures]
     if failures:
         lines += ["", "Failed:", "", *(f"- {_escape(failure)}" for failure in failures)]
