@@ -229,8 +229,8 @@ class TestRecords:
         found = keyed(*map(make_record, trial_of(old, "one", "lora").search))
         assert records.foreign(old, found) == []
         assert records.foreign(new, found) == [
-            "2 recorded cells of `lora` on `one` had other settings (`optim.epochs` 3, not 4)"
-            " and do not count"
+            "records of `lora` on `one` that do not count since they had other settings: 2"
+            " (`optim.epochs` 3, not 4)"
         ]
         assert protocol.left(trial_of(new, "one", "lora"), found) == 3
 
@@ -270,7 +270,9 @@ class TestTables:
         text = table.markdown(grid, gather(grid, {}), None, [])
         assert "No average: there is no task on which all methods have a result." in text
         assert "| lora | – | – | – | – | – | – | – |" in text
-        assert "10 of 10 cells have not run:\n\n- one: no cell of any method has run\n" in text
+        assert (
+            "Cells that have not run: 10 of 10.\n\n- one: no cell of any method has run\n" in text
+        )
 
     def test_csv(self, tmp_path):
         grid, found = finished_grid()
@@ -284,7 +286,7 @@ class TestTables:
 
 
 TABLE = """\
-# 2 methods on 2 tasks
+# Methods compared on one, two
 
 Base model: `base`. Test scores of the best validation epoch, times 100: median ± standard \
 deviation over the seeds 0, 1. The average is over one: all methods have a result there.
@@ -308,7 +310,7 @@ Of the adapters / of the head, the best on validation of those tried (seed 0).
 
 ## Not run
 
-1 of 10 cells have not run:
+Cells that have not run: 1 of 10.
 
 - two: lora (1 of 3)
 
@@ -402,7 +404,7 @@ def no_measuring(monkeypatch) -> None:
 
 def test_a_comparison_from_its_settings_to_its_tables(arguments, tmp_path, capsys, monkeypatch):
     assert main([*arguments, "--cells", "1"]) == 0
-    assert "4 cells are left; the same command goes on from there." in capsys.readouterr().out
+    assert "cells left: 4; the same command goes on from there." in capsys.readouterr().out
     assert main(arguments) == 0
     out = capsys.readouterr().out
     assert "[5/5] c3a on colours" in out and "failed" not in out
@@ -478,7 +480,7 @@ def test_a_failing_cell_leaves_the_others_alone(
     monkeypatch.setattr(Bench, "run", failing)
     assert main(arguments) == 1
     out = capsys.readouterr().out
-    assert "1 cells failed; --retry runs them again." in out
+    assert "cells that failed: 1; --retry runs them again." in out
     failed = "c3a on colours, rate 1, head rate 0.01, seed 0: TrainingError: the loss is nan at"
     assert f"failed: {failed}" in out and failed in (tmp_path / "out" / "table.md").read_text()
     assert len(lines(tmp_path)) == 5
@@ -509,7 +511,7 @@ def test_an_interrupted_comparison_goes_on(arguments, tmp_path, capsys, monkeypa
 
 def test_limits(arguments, tmp_path, capsys, no_measuring):
     assert main([*arguments, "--minutes", "0"]) == 0
-    assert "5 cells are left" in capsys.readouterr().out
+    assert "cells left: 5" in capsys.readouterr().out
     assert lines(tmp_path) == []
     assert runner.Limits(minutes=1).reached(0, 61) and not runner.Limits(minutes=1).reached(9, 59)
     assert runner.Limits(cells=2).reached(2, 0) and not runner.Limits().reached(99, 1e6)
@@ -519,8 +521,8 @@ def test_other_settings_do_not_mix(arguments, tmp_path, capsys, no_measuring):
     assert main([*arguments, "--cells", "1"]) == 0
     assert main([*arguments, "--optim.warmup", "0.5", "--cells", "1"]) == 0
     out = capsys.readouterr().out
-    assert "note: 1 recorded cells of `head` on `colours` had other settings" in out
-    assert "(`optim.warmup` 0.06, not 0.5) and do not count." in out
+    assert "note: records of `head` on `colours` that do not count" in out
+    assert "other settings: 1 (`optim.warmup` 0.06, not 0.5)." in out
     assert out.count("[1/5] head on colours") == 2
 
 

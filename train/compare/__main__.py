@@ -72,12 +72,12 @@ def _run(argv: Sequence[str], console: Console) -> int:
     _report(grid, outcomes, console)
     left = sum(outcome.left for outcome in outcomes.values())
     if left:
-        _say(console, f"{left} cells are left; {AGAIN}.")
+        _say(console, f"cells left: {left}; {AGAIN}.")
     failures = [failure for outcome in outcomes.values() for failure in outcome.failures]
     for failure in failures:
         _say(console, f"failed: {failure}")
     if failures:
-        _say(console, f"{len(failures)} cells failed; --retry runs them again.")
+        _say(console, f"cells that failed: {len(failures)}; --retry runs them again.")
     return 1 if failures else 0
 
 

@@ -24,10 +24,9 @@ class GridProgress:
         self._total, self._done, self._before = total, done, done
         self._began = time.monotonic()
         self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
+            BarColumn(bar_width=20),
             MofNCompleteColumn(),
-            TextColumn("cells  {task.fields[left]} left"),
+            TextColumn("{task.fields[left]} left  {task.description}"),
             console=console,
         )
         self._task = self._bar.add_task("", total=total, completed=done, left="?")

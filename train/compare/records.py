@@ -124,8 +124,9 @@ def foreign(grid: Grid, records: Mapping[str, Record]) -> list[str]:
         ]
         if others:
             sentences.append(
-                f"{len(others)} recorded cells of `{trial.label}` on `{trial.task}` had other"
-                f" settings ({_difference(others[-1]['settings'], known[-1])}) and do not count"
+                f"records of `{trial.label}` on `{trial.task}` that do not count since they had"
+                f" other settings: {len(others)}"
+                f" ({_difference(others[-1]['settings'], known[-1])})"
             )
     return sentences
 

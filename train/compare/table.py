@@ -26,7 +26,7 @@ def markdown(grid: Grid, outcomes: Outcomes, costs: Costs | None, plots: Sequenc
     """
     seeds = ", ".join(map(str, grid.seeds))
     parts = [
-        f"# {len(grid.methods)} methods on {len(grid.tasks)} tasks",
+        f"# Methods compared on {', '.join(grid.tasks)}",
         f"Base model: `{grid.model.name}`. Test scores of the best validation epoch, times 100:"
         f" median ± standard deviation over the seeds {seeds}. {_averaged(outcomes)}",
         _scores(grid, outcomes, costs),
@@ -167,8 +167,7 @@ def _rates(grid: Grid, outcomes: Outcomes) -> str:
 
 def _missing(outcomes: Outcomes) -> str:
     total, left = (sum(getattr(o, name) for o in outcomes.values()) for name in ("size", "left"))
-    lines = [f"{left:,} of {total:,} cells have not run:" if left else "All cells have run."]
-    lines += [""] * bool(left)
+    lines = [f"Cells that have not run: {left:,} of {total:,}.", ""] if left else ["No cell."]
     for task in dict.fromkeys(task for task, _ in outcomes):
         waiting = [o for (name, _), o in outcomes.items() if name == task and o.left]
         begun = any(o.left < o.size for (name, _), o in outcomes.items() if name == task)
