@@ -185,6 +185,7 @@ class Plan:
         leaves: dict[Path, Any] = dict.fromkeys(self.trained, 1.0)
         for target in self.targets:
             factors = target.method.training(progress)
+            factors = dict.fromkeys(target.method.frozen(), 0.0) | factors
             leaves |= {
                 (*target.path, ADAPTER, name): factors.get(name, 1.0) for name in target.shapes
             }

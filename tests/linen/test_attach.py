@@ -6,7 +6,22 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from circflax import BCA, C3A, CDVFT, AdapterConfig, LoRA, combine, make_plan, merge, switch_off
+from circflax import (
+    BCA,
+    BOFT,
+    C3A,
+    CDVFT,
+    IA3,
+    AdapterConfig,
+    FourierFT,
+    LaMDA,
+    LoRA,
+    VeRA,
+    combine,
+    make_plan,
+    merge,
+    switch_off,
+)
 from circflax.linen import attach
 from circflax.tree import Plan
 from tests.linen.models import (
@@ -20,7 +35,18 @@ from tests.linen.models import (
     randomly,
 )
 
-METHODS = (CDVFT(), C3A(b=1), BCA(p=3), LoRA(r=2))
+METHODS = (
+    CDVFT(),
+    C3A(b=1),
+    BCA(p=3),
+    LoRA(r=2),
+    VeRA(r=5),
+    IA3(),
+    BOFT(b=2, m=1),
+    FourierFT(n=9),
+    IA3(feedforward=True),
+    LaMDA(r=2),
+)
 # Quick runs meet each kind and each method once.
 over_kinds_and_methods = pytest.mark.parametrize(
     ("kind", "method"),

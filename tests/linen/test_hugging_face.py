@@ -11,7 +11,22 @@ import numpy as np
 import pytest
 
 import circflax
-from circflax import BCA, C3A, CDVFT, AdapterConfig, LoRA, combine, init_adapters, make_plan, merge
+from circflax import (
+    BCA,
+    BOFT,
+    C3A,
+    CDVFT,
+    IA3,
+    AdapterConfig,
+    FourierFT,
+    LaMDA,
+    LoRA,
+    VeRA,
+    combine,
+    init_adapters,
+    make_plan,
+    merge,
+)
 from circflax.linen import attach, find_layouts
 from circflax.tree import Layout
 from tests.architectures import ARCHITECTURES, Architecture, architecture
@@ -19,11 +34,20 @@ from tests.linen.models import with_something
 
 transformers = pytest.importorskip("transformers", "4.57")
 
-METHODS = {"cdvft": CDVFT(), "c3a": C3A(), "bca": BCA(p=8), "lora": LoRA(r=2)}
-# Every architecture meets one method, and every method several architectures.
+CIRCULANT = {"cdvft": CDVFT(), "c3a": C3A(), "bca": BCA(p=8)}
+OTHERS = {
+    "lora": LoRA(r=2),
+    "vera": VeRA(r=5),
+    "fourierft": FourierFT(n=9),
+    "ia3": IA3(),
+    "boft": BOFT(b=2, m=1),
+    "lamda": LaMDA(r=2),
+}
+METHODS = CIRCULANT | OTHERS
+# Every architecture meets one method, and each circulant method every architecture.
 ROTATION = list(zip(ARCHITECTURES, itertools.cycle(METHODS)))
 REST = [
-    (entry, name) for entry in ARCHITECTURES for name in METHODS if (entry, name) not in ROTATION
+    (entry, name) for entry in ARCHITECTURES for name in CIRCULANT if (entry, name) not in ROTATION
 ]
 PAIRS = [*ROTATION, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in REST)]
 over_pairs = pytest.mark.parametrize(("entry", "method"), PAIRS, ids=str)

@@ -23,7 +23,22 @@ from train.run import run
 from train.steps import TrainState
 from train.trainer import TrainingError
 
-METHODS = ("cdvft", "c3a", "bca", "lora", "full", "none")
+# Hyperparameters that fit layers of 16 by 16.
+METHODS = {
+    "cdvft": {},
+    "c3a": {},
+    "bca": {},
+    "lora": {},
+    "vera": {},
+    "fourierft": {"n": 20},
+    "ia3": {},
+    "boft": {},
+    "lamda": {"r": 3},
+    "lamda++": {"r": 3},
+    "full": {},
+    "bitfit": {},
+    "none": {},
+}
 
 
 def flat(tree) -> dict[str, np.ndarray]:
@@ -50,7 +65,9 @@ def start(arguments: list[str]) -> subprocess.Popen:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_leaves_a_report_metrics_and_its_adapter(method, arguments, tmp_path) -> None:
-    summary = run(config.load([*arguments, "--adapter.method", method]))
+    hyperparameters = json.dumps(METHODS[method])
+    adapter = ["--adapter.method", method, "--adapter.hyperparameters", hyperparameters]
+    summary = run(config.load([*arguments, *adapter]))
     directory = tmp_path / "run"
     assert set(summary.test) == {"accuracy", "f1", "matthews"}
     assert (directory / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -62,8 +79,11 @@ def test_a_run_leaves_a_report_metrics_and_its_adapter(method, arguments, tmp_pa
     assert max(validation) == summary.validation["accuracy"]
     assert validation[summary.best_epoch - 1] == max(validation)
     file = cf.load_adapters(directory / "adapter")
-    assert {t.method.name for t in file.plan.targets} == ({method} & set(cf.methods.METHODS))
+    name = method.removesuffix("++")
+    assert {t.method.name for t in file.plan.targets} == ({name} & set(cf.methods.METHODS))
     assert ("classifier", "kernel") in file.plan.trained
+    biases = [path for path in file.plan.trained if path[-1] == "bias"]
+    assert (len(biases) > 1) == (method in ("bitfit", "full"))
 
 
 def test_it_learns(arguments) -> None:

@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from circflax.methods import BCA, C3A, CDVFT, LoRA
+from circflax.methods import BCA, BOFT, C3A, CDVFT, IA3, FourierFT, LaMDA, LoRA, VeRA
 from circflax.tree import (
     AdapterConfig,
     combine,
+    dense_delta,
     init_adapters,
     make_plan,
     merge,
@@ -25,6 +26,12 @@ METHODS = [
     BCA(p=4),
     BCA(p=3, init_weights="projection"),
     LoRA(r=2, alpha=3.0),
+    VeRA(r=3),
+    FourierFT(n=12),
+    IA3(),
+    IA3(feedforward=True),
+    BOFT(b=2),
+    LaMDA(r=2),
 ]
 over_methods = pytest.mark.parametrize("method", METHODS, ids=str)
 
@@ -54,8 +61,7 @@ def reference_merge(params, adapters, plan) -> dict:
             matrix = np.array(target.layout.matrix(kernel))
             for index in np.ndindex(*target.layers):
                 one = {name: np.asarray(array, float)[index] for name, array in adapter.items()}
-                delta = target.method.delta(one, target.in_features, target.out_features)
-                matrix[index] += np.asarray(delta)
+                matrix[index] = target.method.merge(one, matrix[index])
             merged[target.path[0]] = target.layout.kernel(matrix, target.shape)
     return merged
 
@@ -165,6 +171,22 @@ def test_unmerge_restores_the_base(method) -> None:
         adapters = drawn(adapters)
         restored = unmerge(merge(params, adapters, plan), adapters, plan)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), restored, params)
+
+
+def test_bias_is_merged_where_the_method_changes_it() -> None:
+    params, plan, adapters = small(IA3(), train=("query/bias",))
+    adapters = drawn(adapters)
+    merged = merge(params, adapters, plan)
+    query = adapters["layers"]["0"]["attention"]["query"]
+    # The trained bias takes the base's place before the adapter scales it.
+    np.testing.assert_allclose(
+        merged["layers"]["0"]["attention"]["query"]["bias"],
+        query["bias"] * query["adapter"]["l"],
+        rtol=1e-6,
+    )
+    _, plan, _ = small(IA3(feedforward=True))
+    assert {target.bias for target in plan.targets} == {"bias"}
+    assert not plan.targets[0].method.changes_bias
 
 
 def test_float64_merges_more_exactly() -> None:
@@ -279,6 +301,14 @@ def test_rank_of_a_circulant_is_the_number_of_its_nonzero_bins(bins) -> None:
     # The inner bins of a real spectrum stand for two each.
     assert report.rank == sum(1 if bin in (0, 4) else 2 for bin in bins)
     assert report.norm == pytest.approx(np.sqrt(8) * np.linalg.norm(c), rel=1e-5)
+
+
+def test_report_of_a_method_that_multiplies_has_no_norm() -> None:
+    _, plan, adapters = small(IA3())
+    report = report_adapters(adapters, plan)[0]
+    assert (report.norm, report.rank, report.parameter_count) == (None, None, 8)
+    with pytest.raises(ValueError, match="ia3 adds nothing to the kernel of 'layers/0/attention"):
+        dense_delta(plan.targets[0], adapters["layers"]["0"]["attention"]["query"]["adapter"])
 
 
 def test_report_names_every_layer_of_a_stack() -> None:

@@ -1,0 +1,50 @@
+"""What an update moves, and what it leaves alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import circflax as cf
+from train.config import OptimConfig
+from train.optimizer import make_optimizer
+
+STEPS = 20
+
+
+def train(method: cf.Method, **options):
+    """The small tree before and after each of some updates, and the optimizer's state."""
+    params = {"query": {"kernel": jnp.eye(8) + 0.1, "bias": jnp.ones(8)}}
+    config = cf.AdapterConfig(method=method, targets=("query",), train=("bias",))
+    plan = cf.make_plan(params, config)
+    small = cf.init_adapters(jax.random.key(0), plan, params)
+    optimizer = make_optimizer(OptimConfig(schedule="constant", **options), plan, STEPS)
+    state = optimizer.init(small)
+    trees = [small]
+    for _ in range(STEPS):
+        gradients = jax.tree.map(jnp.ones_like, small)
+        updates, state = optimizer.update(gradients, state, small)
+        small = optax.apply_updates(small, updates)
+        trees.append(small)
+    return [jax.tree.map(np.asarray, tree["query"]) for tree in trees], state
+
+
+def test_frozen_arrays_never_move_and_have_no_moments() -> None:
+    trees, state = train(cf.LaMDA(r=4), weight_decay=0.1)
+    assert np.array_equal(trees[0]["adapter"]["a"], trees[-1]["adapter"]["a"])
+    moved = trees[-1]["adapter"]["s"] - trees[0]["adapter"]["s"]
+    assert np.all(moved != 0) and np.any(trees[-1]["bias"] != trees[0]["bias"])
+    shapes = [leaf.shape for leaf in jax.tree.leaves(state)]
+    # Two moments of s and b; a has the shape (8, 4), which none of the two has.
+    assert shapes.count((4, 4)) == shapes.count((4, 8)) == 2 and (8, 4) not in shapes
+
+
+@pytest.mark.parametrize("freeze_until", [0.0, 0.3, 1.0])
+def test_rows_freeze_one_after_the_other(freeze_until: float) -> None:
+    trees, _ = train(cf.LaMDA(r=4, freeze_until=freeze_until))
+    rows = np.stack([tree["adapter"]["b"] for tree in trees])
+    moving = np.any(np.diff(rows, axis=0) != 0, axis=-1)
+    for row in range(4):
+        last = freeze_until * (row + 1) / 4 * STEPS
+        assert np.array_equal(moving[:, row], np.arange(STEPS) < last)
