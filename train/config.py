@@ -80,8 +80,8 @@ class DataConfig:
         regression: Whether the labels are numbers to predict instead of classes.
         validation_fraction: Part of the training split held out, stratified by class.
         test_fraction: Part of the training split held out as the test split, before validation.
-        split_seed: Seed of these splits and of `max_train_examples`; kept apart from the seed of
-            the run so that runs with different seeds see the same data.
+        split_seed: Seed of these splits and of all random parts; kept apart from the seed of the
+            run so that runs with different seeds see the same data.
         max_length: Longest sequence in tokens; longer ones are truncated and counted.
         buckets: Sequence lengths that batches are padded to.
         max_train_examples: Train on a random part of at most this many examples.
@@ -115,8 +115,8 @@ class DataConfig:
         )
         _require(
             self.task in (None, docstrings.NAME, *glue.TASKS),
-            f"`data.task` {self.task!r} is no GLUE task; it can be {', '.join(glue.TASKS)}, or"
-            f" {docstrings.NAME}",
+            f"`data.task` {self.task!r} is unknown; it can be {docstrings.NAME} or one of GLUE's:"
+            f" {', '.join(glue.TASKS)}",
         )
         if self.task is not None:
             # The task fixes these; a value given beside it would be ignored.

@@ -107,7 +107,7 @@ class TestGrid:
             ("tasks.one.data.max_len", 1, "did you mean `tasks.one.data.max_length`?"),
             ("tasks.one.data.max_length", "x", "`tasks.*.data.max_length` must be a whole number"),
             ("tasks.one.data.max_length", 1, "`tasks.one`: `data.max_length` must be at least 2"),
-            ("tasks.one.data.task", "foo", "`tasks.one`: `data.task` 'foo' is no GLUE task"),
+            ("tasks.one.data.task", "foo", "`tasks.one`: `data.task` 'foo' is unknown"),
             ("tasks.one.epochs", 0, "on `one`: `optim.epochs` must be at least 1"),
             ("tasks.two", None, "`tasks.two` in"),
             ("methods.lora.learning_rate", 1, "did you mean `methods.lora.learning_rates`?"),
@@ -543,6 +543,9 @@ def test_costs_are_measured_once_a_method(arguments, tmp_path, monkeypatch):
     assert costs.unmeasured(config.load(arguments, Grid)) == ["c3a"]
     longer = [*arguments, "--tasks.colours.data.max_length", "24"]
     assert costs.unmeasured(config.load(longer, Grid)) == ["c3a"]
+    monkeypatch.delattr(Bench, "prepare")
+    costs.measure(grid, workbench, ["head"], console)
+    assert costs.unmeasured(grid) == []
     (tmp_path / "out" / costs.FILE_NAME).write_text("{}")
     with pytest.raises(ValueError, match="does not hold costs"):
         costs.unmeasured(grid)

@@ -136,7 +136,7 @@ def test_the_model_is_required():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--data.task=foo"], "'foo' is no GLUE task; it can be cola"),
+        (["--data.task=foo"], "'foo' is unknown; it can be docstrings or one of GLUE's: cola"),
         (["--data.train=x.tsv"], "exactly one of `data.task`"),
         (
             ["--data.task=null", "--data.train=x", "--data.test=y", "--data.test_fraction=0.1"],

@@ -71,17 +71,16 @@ class Bench:
         self.tasks: dict[str, Task] = {}
         self._model: tuple[Any, Any] = (None, None)
         self._compiled: tuple[Any, Compiled | None] = (None, None)
-        # Any of a trial's cells will do: they differ in their rates, seeds and epochs.
-        configs = {(t.task, t.label): t.finals[0][0].config for t in grid.trials}
-        first = next(iter(configs.values()))
-        directory = cf.interop.find_checkpoint(first.model.name, first.model.revision)
-        for (name, _), config in configs.items():
-            if name not in self.tasks:
-                with _naming(f"task `{name}`"):
-                    self.tasks[name] = _load_task(config, directory)
-        splits = next(iter(self.tasks.values())).splits
-        model, base, loaded = _load_model(first, splits)
-        for (_, label), config in list(configs.items())[: len(grid.methods)]:
+        # Any of a trial's cells will do: they differ in rates, seeds and epochs alone.
+        by_task = {trial.task: trial.finals[0][0].config for trial in grid.trials}
+        by_label = {trial.label: trial.finals[0][0].config for trial in grid.trials}
+        directory = cf.interop.find_checkpoint(grid.model.name, grid.model.revision)
+        for name, config in by_task.items():
+            with _naming(f"task `{name}`"):
+                self.tasks[name] = _load_task(config, directory)
+        name, config = next(iter(by_task.items()))
+        model, base, loaded = _load_model(config, self.tasks[name].splits)
+        for label, config in by_label.items():
             with _naming(f"method `{label}`"):
                 _make_plan(config, model, base, loaded.initialised)
 

@@ -97,7 +97,11 @@ def measure(grid: Grid, bench: Bench, labels: list[str], console: Console) -> No
     measured, steps = {}, {}
     for label in labels:
         console.print(f"compiling a step of {label}", highlight=False, markup=False)
-        measured[label], steps[label] = _prepare(bench, cells[label])
+        try:
+            measured[label], steps[label] = _prepare(bench, cells[label])
+        except Exception as error:
+            # As with cells: what one method cannot do must not keep the others from it.
+            console.print(f"not measured: {label}: {error}", highlight=False, markup=False)
     console.print("timing …", highlight=False)
     for label, timing in time_interleaved(steps, rounds=ROUNDS, budget=SECONDS).items():
         measured[label] |= {"step_ms": round(1000 * timing.median, 1), "runs": timing.runs}

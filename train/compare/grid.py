@@ -209,8 +209,7 @@ class Grid:
                 )
         for label, method in self.methods.items():
             _check_rates(label, method)
-        # Making every run's settings checks them.
-        assert self.trials
+        self.trials  # noqa: B018 - making every run's settings checks them
 
     @cached_property
     def trials(self) -> tuple[Trial, ...]:
