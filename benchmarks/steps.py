@@ -98,7 +98,7 @@ def make_step(case: Record, adapter: cf.AdapterConfig) -> Step:
     tokens = jnp.zeros((1, 8), jnp.int32)
     layouts = cf.linen.find_layouts(lambda params: model(tokens, params=params), base)
     plan = cf.make_plan(base, adapter, layouts)
-    optimizer = make_optimizer(OptimConfig(), plan, steps=100)
+    optimizer = make_optimizer(OptimConfig(), 0.1, plan, steps=100)
 
     def start(key: jax.Array, base: Any) -> TrainState:
         small = cf.init_adapters(key, plan, base)

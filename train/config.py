@@ -230,7 +230,7 @@ class OptimConfig:
         eval_batch_size: Examples of one evaluation step.
         accumulation_steps: Parts that a batch is computed in, one after the other.
         learning_rate: Peak learning rate of the adapters, or of what "full" and "bitfit" train of
-            the checkpoint.
+            the checkpoint; None is one that suits the method to begin with.
         head_learning_rate: Peak learning rate of base parameters that are trained in full; with
             the methods "full" and "bitfit", of those that the checkpoint does not have (the head).
         schedule: Shape of the learning rate after the warm-up.
@@ -245,7 +245,7 @@ class OptimConfig:
     batch_size: int = 32
     eval_batch_size: int = 64
     accumulation_steps: int = 1
-    learning_rate: float = 0.2
+    learning_rate: float | None = None
     head_learning_rate: float = 1e-3
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup: float = 0.06

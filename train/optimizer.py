@@ -76,12 +76,17 @@ def make_rates(
 
 
 def make_optimizer(
-    config: OptimConfig, plan: Plan, steps: int, fast: frozenset[Path] = frozenset()
+    config: OptimConfig,
+    learning_rate: float,
+    plan: Plan,
+    steps: int,
+    fast: frozenset[Path] = frozenset(),
 ) -> optax.GradientTransformation:
     """AdamW with clipping, a schedule and a learning rate for each leaf.
 
     Args:
         config: The settings.
+        learning_rate: The adapters' peak; the head's is among the settings.
         plan: The adapters and the leaves trained in full.
         steps: Updates of the whole run.
         fast: See `make_rates`.
@@ -111,7 +116,7 @@ def make_optimizer(
 
     # Peaks and lengths are in the state, so that runs that differ in them share one program.
     return optax.inject_hyperparams(adamw)(
-        learning_rate=config.learning_rate,
+        learning_rate=learning_rate,
         head_learning_rate=config.head_learning_rate,
         **_lengths(config, steps),
     )

@@ -21,7 +21,8 @@ from train import config as configuration
 from train import docstrings
 from train.config import Config
 from train.data import Encoded, epoch_batches, load_splits
-from train.run import encode, run
+from train.parts import encode
+from train.run import run
 
 CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 

@@ -2,27 +2,19 @@
 
 import dataclasses
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-import jax.numpy as jnp
 from rich.console import Console
 
 import circflax as cf
 from train import config as configuration
 from train import metrics, report
 from train.config import Config, ConfigError, DataConfig
-from train.data import Encoded, Split, Splits, load_splits, tokenize
+from train.data import load_splits
+from train.parts import encode, load_model, make_plan, truncation_notes
 from train.trainer import Trainer
 
-if TYPE_CHECKING:
-    from transformers import FlaxPreTrainedModel
-
 CONFIG, ADAPTER = "config.yaml", "adapter"
-LAMDA_PP = "lamda++"
-# Methods without adapters: which leaves of the base they train besides the head.
-TRAINED = {"none": (), "bitfit": ("bias",)}
 
 
 def run(config: Config, console: Console | None = None) -> report.Summary:
@@ -50,8 +42,8 @@ def run(config: Config, console: Console | None = None) -> report.Summary:
     _check_directory(config, directory)
     splits = load_splits(config.data)
     metric = metrics.choose(config.run.metric, config.data.task, len(splits.label_names))
-    model, base, loaded = _load_model(config, splits)
-    plan = _make_plan(config, model, base, loaded.initialised)
+    model, base, loaded = load_model(config, splits)
+    plan = make_plan(config, model, base, loaded.initialised)
     counted = cf.summarize(base, plan)
     console.print(str(counted), highlight=False, markup=False, soft_wrap=True)
     encoded = encode(config, splits, loaded.directory)
@@ -85,7 +77,7 @@ def run(config: Config, console: Console | None = None) -> report.Summary:
         test=test,
         seconds=progress.seconds,
         seed=config.run.seed,
-        notes=(*splits.notes, *_truncation_notes(config, encoded)),
+        notes=(*splits.notes, *truncation_notes(config, encoded)),
     )
     report.write(directory, summary)
     report.show(summary, console)
@@ -110,87 +102,7 @@ def _check_directory(config: Config, directory: Path) -> None:
                 )
 
 
-def _load_model(
-    config: Config, splits: Splits
-) -> tuple["FlaxPreTrainedModel", dict[str, Any], cf.interop.LoadReport]:
-    names = splits.label_names
-    if splits.regression:
-        head = {"num_labels": 1, "problem_type": "regression"}
-    else:
-        head = {
-            "num_labels": len(names),
-            "id2label": dict(enumerate(names)),
-            "label2id": {name: i for i, name in enumerate(names)},
-            "problem_type": "single_label_classification",
-        }
-    return cf.interop.load_model(
-        config.model.name,
-        "sequence-classification",
-        revision=config.model.revision,
-        config=head,
-        dtype=jnp.dtype(config.model.compute_dtype),
-        seed=config.run.seed,
-    )
-
-
-def _make_plan(
-    config: Config,
-    model: "FlaxPreTrainedModel",
-    base: Any,
-    initialised: tuple[tuple[str, ...], ...],
-) -> cf.Plan:
-    adapter = config.adapter
-    if adapter.method == "full":
-        return cf.make_plan(base, cf.AdapterConfig(train=".*"))
-    # What the checkpoint lacks has random values: the new head always trains.
-    train = (*adapter.train, *("/".join(path) for path in initialised))
-    if adapter.method in TRAINED:
-        return cf.make_plan(base, cf.AdapterConfig(train=(*TRAINED[adapter.method], *train)))
-    overrides = {
-        override.pattern: {**override.hyperparameters}
-        | ({"method": override.method} if override.method else {})
-        for override in adapter.overrides
-    }
-    method = "lamda" if adapter.method == LAMDA_PP else adapter.method
-    chosen = cf.AdapterConfig(
-        method=cf.make_method(method, adapter.hyperparameters),
-        targets=adapter.targets,
-        layers=adapter.layers,
-        overrides=overrides,
-        train=train,
-    )
-    ids = jnp.zeros((1, 8), jnp.int32)
-    layouts = cf.linen.find_layouts(lambda params: model(ids, params=params), base)
-    plan = cf.make_plan(base, chosen, layouts)
-    return cf.allocate_ranks(base, plan) if adapter.method == LAMDA_PP else plan
-
-
-def encode(config: Config, splits: Splits, directory: Path) -> dict[str, Encoded]:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    parts: dict[str, Split | None] = {
-        "train": splits.train,
-        "validation": splits.validation,
-        "test": splits.test,
-    }
-    return {
-        name: tokenize(part, tokenizer, config.data.max_length)
-        for name, part in parts.items()
-        if part is not None
-    }
-
-
 def _task(data: DataConfig) -> str:
     """The GLUE task, or the name of the local files' directory, or of the file."""
     path = Path(data.root or ".", data.train or "")
     return data.task or path.parent.name or path.stem
-
-
-def _truncation_notes(config: Config, encoded: Mapping[str, Encoded]) -> list[str]:
-    return [
-        f"{name}: {part.truncated} of {len(part)} examples were cut to {config.data.max_length}"
-        " tokens"
-        for name, part in encoded.items()
-        if part.truncated
-    ]

@@ -22,6 +22,7 @@ from train.config import Config
 from train.data import Batches, Encoded, epoch_batches
 from train.log import MetricsLog
 from train.optimizer import make_optimizer
+from train.parts import learning_rate
 from train.progress import TrainingProgress
 from train.steps import TrainState, losses, make_forward, make_train_step
 
@@ -112,7 +113,8 @@ class Trainer:
         self._total = config.optim.epochs * self._steps_per_epoch
         own_rate = config.adapter.method in ("full", "bitfit")
         fast = frozenset(plan.trained) - frozenset(head) if own_rate else frozenset()
-        self._optimizer = make_optimizer(config.optim, plan, self._total, fast)
+        rate = learning_rate(config)
+        self._optimizer = make_optimizer(config.optim, rate, plan, self._total, fast)
         self.compiled = compiled or _compiled(config, model, plan, self._optimizer)
 
     def train(self, directory: Path, console: Console) -> tuple[Any, Progress]:

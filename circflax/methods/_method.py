@@ -45,6 +45,9 @@ class Method(abc.ABC):
     name: ClassVar[str]
     """The method's name in configurations and adapter files."""
 
+    learning_rate: ClassVar[float]
+    """A peak learning rate to begin with, for AdamW and a schedule that ends at 0."""
+
     @abc.abstractmethod
     def init(
         self, key: jax.Array, in_features: int, out_features: int, kernel: jax.Array | None = None

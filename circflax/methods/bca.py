@@ -49,6 +49,7 @@ class BCA(Additive):
     """
 
     name: ClassVar[str] = "bca"
+    learning_rate: ClassVar[float] = 0.3
 
     p: int | None = None
     scale: float = 1.0

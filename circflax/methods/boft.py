@@ -43,6 +43,7 @@ class BOFT(Method):
     """
 
     name: ClassVar[str] = "boft"
+    learning_rate: ClassVar[float] = 0.003
 
     b: int = 8
     m: int = 2

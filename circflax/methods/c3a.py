@@ -46,6 +46,7 @@ class C3A(Additive):
     """
 
     name: ClassVar[str] = "c3a"
+    learning_rate: ClassVar[float] = 0.3
 
     b: int | None = None
     init_weights: str = "zeros"

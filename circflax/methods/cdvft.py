@@ -50,6 +50,7 @@ class CDVFT(Additive):
     """
 
     name: ClassVar[str] = "cdvft"
+    learning_rate: ClassVar[float] = 0.3
 
     p: int | None = None
     factors: int = 3

@@ -45,6 +45,7 @@ class FourierFT(Additive):
     """
 
     name: ClassVar[str] = "fourierft"
+    learning_rate: ClassVar[float] = 0.05
 
     n: int = 1000
     alpha: float = 150.0

@@ -31,6 +31,7 @@ class IA3(Method):
     """
 
     name: ClassVar[str] = "ia3"
+    learning_rate: ClassVar[float] = 0.01
 
     feedforward: bool = False
 

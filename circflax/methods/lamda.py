@@ -37,6 +37,7 @@ class LaMDA(Additive):
     """
 
     name: ClassVar[str] = "lamda"
+    learning_rate: ClassVar[float] = 0.01
 
     r: int = 32
     alpha: float | None = None

@@ -44,6 +44,7 @@ class LoRA(Additive):
     """
 
     name: ClassVar[str] = "lora"
+    learning_rate: ClassVar[float] = 0.001
 
     r: int = 8
     alpha: float | None = None

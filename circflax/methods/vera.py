@@ -44,6 +44,7 @@ class VeRA(Additive):
     """
 
     name: ClassVar[str] = "vera"
+    learning_rate: ClassVar[float] = 0.01
 
     r: int = 256
     d_initial: float = 0.1

@@ -81,7 +81,7 @@ def test_saved_settings_load_equal(tmp_path):
         (["--zzz=1"], "the sections are model, data, adapter, optim, run"),
         (["--optim.epochs=abc"], "`optim.epochs` must be a whole number, not 'abc'"),
         (["--optim.epochs=1.5"], "`optim.epochs` must be a whole number, not '1.5'"),
-        (["--optim.learning_rate=x"], "`optim.learning_rate` must be a number, not 'x'"),
+        (["--optim.learning_rate=x"], "`optim.learning_rate` must be a number or null, not 'x'"),
         (["--run.resume=maybe"], "`run.resume` must be true or false, not 'maybe'"),
         (["--adapter.layers=q"], "`adapter.layers` must be a list (a whole number each) or null"),
         (["--model.compute_dtype=fp16"], "must be one of float32, bfloat16, not 'fp16'"),

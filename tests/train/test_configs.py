@@ -8,7 +8,7 @@ from circflax import make_method
 from circflax.methods import PRESETS
 from train import config
 from train.compare.grid import Grid
-from train.run import LAMDA_PP, TRAINED
+from train.parts import LAMDA_PP, TRAINED
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 COMPARISONS = sorted((CONFIGS / "compare").glob("*.yaml"))

@@ -19,7 +19,7 @@ def train(method: cf.Method, **options):
     config = cf.AdapterConfig(method=method, targets=("query",), train=("bias",))
     plan = cf.make_plan(params, config)
     small = cf.init_adapters(jax.random.key(0), plan, params)
-    optimizer = make_optimizer(OptimConfig(schedule="constant", **options), plan, STEPS)
+    optimizer = make_optimizer(OptimConfig(schedule="constant", **options), 0.2, plan, STEPS)
     state = optimizer.init(small)
     trees = [small]
     for _ in range(STEPS):

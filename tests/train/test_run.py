@@ -19,6 +19,7 @@ from train.__main__ import main
 from train.checkpoints import Checkpoints, Progress
 from train.config import OptimConfig
 from train.optimizer import make_optimizer, make_rates, make_schedule
+from train.parts import learning_rate
 from train.run import run
 from train.steps import TrainState
 from train.trainer import TrainingError
@@ -133,7 +134,7 @@ def test_a_finished_run_is_reported_again_without_training(arguments, tmp_path, 
 def test_a_run_does_not_go_on_with_other_settings(arguments, capsys) -> None:
     assert main(arguments) == 0
     assert main([*arguments, "--optim.learning_rate", "0.1"]) == 2
-    assert "`optim.learning_rate` 0.2, not 0.1" in capsys.readouterr().err
+    assert "`optim.learning_rate` None, not 0.1" in capsys.readouterr().err
     assert main([*arguments, "--optim.learning_rate", "0.1", "--run.resume", "false"]) == 0
 
 
@@ -154,7 +155,7 @@ def test_accumulation_is_the_whole_batch() -> None:
     results = []
     for parts in (1, 2, 8):
         plan = cf.Plan((), (("w",),))
-        optimizer = make_optimizer(OptimConfig(warmup=0.0), plan, 10)
+        optimizer = make_optimizer(OptimConfig(warmup=0.0), 0.2, plan, 10)
         step = steps.make_train_step(
             lambda small, base, batch, rng=None: batch["x"] @ small["w"], optimizer, parts
         )
@@ -285,7 +286,7 @@ def test_bad_input_is_one_sentence(more, message, arguments, tmp_path, capsys) -
 
 
 def test_checkpoints_hold_what_a_run_needs(tmp_path) -> None:
-    optimizer = make_optimizer(OptimConfig(), cf.Plan((), (("w",),)), 10)
+    optimizer = make_optimizer(OptimConfig(), 0.2, cf.Plan((), (("w",),)), 10)
     small = {"w": jax.numpy.arange(3.0)}
     state = TrainState(small, optimizer.init(small), jax.numpy.asarray(7))
     progress = Progress(1, 2, 1, {"accuracy": 0.5}, 3.5)
@@ -306,3 +307,13 @@ def test_checkpoints_hold_what_a_run_needs(tmp_path) -> None:
 
 def test_training_error_is_not_a_value_error() -> None:
     assert not issubclass(TrainingError, ValueError)
+
+
+def test_learning_rate_suits_the_method_unless_it_is_set(arguments) -> None:
+    def rate(*more: str) -> float:
+        return learning_rate(config.load([*arguments, *more]))
+
+    assert rate("--adapter.method", "lora") == cf.LoRA.learning_rate
+    assert rate("--adapter.method", "lamda++") == cf.LaMDA.learning_rate
+    assert rate("--adapter.method", "full") < rate("--adapter.method", "bitfit") < 0.01
+    assert rate("--adapter.method", "lora", "--optim.learning_rate", "0.5") == 0.5

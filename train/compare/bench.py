@@ -17,7 +17,7 @@ from train.compare.grid import Cell, Grid
 from train.compare.records import Record
 from train.config import Config, ConfigError
 from train.data import Encoded, Splits, load_splits
-from train.run import _load_model, _make_plan, _truncation_notes, encode
+from train.parts import encode, load_model, make_plan, truncation_notes
 from train.trainer import Compiled, Trainer
 
 
@@ -79,10 +79,10 @@ class Bench:
             with _naming(f"task `{name}`"):
                 self.tasks[name] = _load_task(config, directory)
         name, config = next(iter(by_task.items()))
-        model, base, loaded = _load_model(config, self.tasks[name].splits)
+        model, base, loaded = load_model(config, self.tasks[name].splits)
         for label, config in by_label.items():
             with _naming(f"method `{label}`"):
-                _make_plan(config, model, base, loaded.initialised)
+                make_plan(config, model, base, loaded.initialised)
 
     def prepare(self, cell: Cell) -> Prepared:
         """Makes a cell's trainer.
@@ -96,10 +96,10 @@ class Bench:
         task = self.tasks[cell.task]
         of = (cell.task, cell.config.run.seed)
         if self._model[0] != of:
-            self._model = of, _load_model(cell.config, task.splits)
+            self._model = of, load_model(cell.config, task.splits)
         model, base, loaded = self._model[1]
         head = loaded.initialised
-        plan = _make_plan(cell.config, model, base, head)
+        plan = make_plan(cell.config, model, base, head)
         of = (cell.task, cell.label)
         trainer = Trainer(
             cell.config,
@@ -146,7 +146,7 @@ class Bench:
             "seconds": round(time.monotonic() - began, 1),
             "step_ms": round(1000 * median(watch.seconds), 1),
             "compile_seconds": round(_Compiling.seconds - compiling, 1),
-            "notes": [*task.splits.notes, *_truncation_notes(cell.config, task.encoded)],
+            "notes": [*task.splits.notes, *truncation_notes(cell.config, task.encoded)],
         }
 
 
