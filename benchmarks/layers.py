@@ -10,8 +10,8 @@ from rich.progress import track
 
 import circflax as cf
 from benchmarks.results import Record, Results, by_case, markdown_table, milliseconds
-from benchmarks.timing import time_interleaved
 from circflax import ops
+from train.timing import time_interleaved
 
 Update = Callable[[cf.methods.Params, jax.Array], jax.Array]
 

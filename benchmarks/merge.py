@@ -12,7 +12,7 @@ import numpy as np
 
 import circflax as cf
 from benchmarks.results import Record, Results, by_case, markdown_table, milliseconds
-from benchmarks.timing import time_interleaved
+from train.timing import time_interleaved
 
 FILE = "write to a file and read it"
 

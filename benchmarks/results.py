@@ -1,13 +1,11 @@
 """What was measured, in a file that grows case by case, and as tables."""
 
 import json
-import os
-import platform
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
+from train.timing import describe_machine
 
 Record = dict[str, Any]
 """One case of a suite, what was measured of it and under which name."""
@@ -60,24 +58,6 @@ def by_case(records: Sequence[Record]) -> list[tuple[Record, dict[str, Record]]]
         (case, {record["name"]: record for record in records if record["case"] == case})
         for case in cases.values()
     ]
-
-
-def describe_machine() -> dict[str, str]:
-    """What the numbers depend on, in words."""
-    device = jax.devices()[0]
-    return {
-        "device": device.device_kind if device.platform != "cpu" else _processor(),
-        "cores": str(len(os.sched_getaffinity(0))),
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-    }
-
-
-def _processor() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -10,11 +10,11 @@ from rich.progress import track
 
 import circflax as cf
 from benchmarks.results import Record, Results, by_case, markdown_table, milliseconds
-from benchmarks.timing import time_interleaved
 from circflax.costs import peak_memory
 from train.config import OptimConfig
 from train.optimizer import make_optimizer
 from train.steps import TrainState, make_forward, make_train_step
+from train.timing import time_interleaved
 
 # What RoBERTa's configurations share.
 ROBERTA = {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1}

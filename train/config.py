@@ -11,15 +11,15 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import jsonargparse
 import yaml
 
-from train import glue
+from train import docstrings, glue
 
 
 class ConfigError(ValueError):
@@ -59,14 +59,16 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The examples: either a GLUE task from the Hub or local files.
+    """The examples: either a task by name or local files.
 
     Attributes:
-        task: GLUE task to load from the Hub. Its official validation split is reported as the
-            test split, since the official test labels are hidden.
+        task: GLUE task to load from the Hub, whose official validation split is reported as the
+            test split, since the official test labels are hidden; or "docstrings": which module
+            of Python's standard library is a docstring of? That needs no download.
         train: Training file: .tsv/.txt (tab-separated), .csv or .jsonl, also with .gz or .xz.
         validation: Validation file; None holds out `validation_fraction` of the training split.
-        test: Test file; None means that no test result is reported.
+        test: Test file; None holds out `test_fraction` of the training split, if that is set, and
+            means otherwise that no test result is reported.
         root: Directory that relative paths start from; None is the working directory.
         text: Column of the first sentence.
         text_pair: Column of the second sentence, if there is one.
@@ -77,11 +79,13 @@ class DataConfig:
             split, sorted.
         regression: Whether the labels are numbers to predict instead of classes.
         validation_fraction: Part of the training split held out, stratified by class.
-        split_seed: Seed of that split and of `max_train_examples`; kept apart from the seed of
-            the run so that runs with different seeds see the same data.
+        test_fraction: Part of the training split held out as the test split, before validation.
+        split_seed: Seed of these splits and of all random parts; kept apart from the seed of the
+            run so that runs with different seeds see the same data.
         max_length: Longest sequence in tokens; longer ones are truncated and counted.
         buckets: Sequence lengths that batches are padded to.
         max_train_examples: Train on a random part of at most this many examples.
+        max_eval_examples: Validate and test on random parts of at most this many examples each.
     """
 
     task: str | None = None
@@ -97,19 +101,22 @@ class DataConfig:
     labels: tuple[str, ...] | None = None
     regression: bool = False
     validation_fraction: float = 0.1
+    test_fraction: float | None = None
     split_seed: int = 0
     max_length: int = 128
     buckets: tuple[int, ...] = (32, 64, 128, 256, 512)
     max_train_examples: int | None = None
+    max_eval_examples: int | None = None
 
     def __post_init__(self) -> None:
         _require(
             (self.task is None) != (self.train is None),
-            "set exactly one of `data.task` (a GLUE task from the Hub) and `data.train` (a file)",
+            "set exactly one of `data.task` (a task by name) and `data.train` (a file)",
         )
         _require(
-            self.task is None or self.task in glue.TASKS,
-            f"`data.task` {self.task!r} is not a GLUE task; it can be {', '.join(glue.TASKS)}",
+            self.task in (None, docstrings.NAME, *glue.TASKS),
+            f"`data.task` {self.task!r} is unknown; it can be {docstrings.NAME} or one of GLUE's:"
+            f" {', '.join(glue.TASKS)}",
         )
         if self.task is not None:
             # The task fixes these; a value given beside it would be ignored.
@@ -131,17 +138,19 @@ class DataConfig:
             "`data.labels` must name at least two classes",
         )
         _require(
-            0 < self.validation_fraction < 1,
-            "`data.validation_fraction` must lie between 0 and 1, "
-            f"not be {self.validation_fraction}",
+            self.test is None or self.test_fraction is None,
+            "set at most one of `data.test` (a file) and `data.test_fraction` (a part of train)",
         )
+        fractions = ("validation_fraction", "test_fraction")
+        _require_fields("data", self, lambda v: 0 < v < 1, "between 0 and 1", *fractions)
         _require(
             len(self.buckets) > 0
             and self.buckets[0] > 0
             and list(self.buckets) == sorted(set(self.buckets)),
             f"`data.buckets` must be increasing lengths above 0, not {list(self.buckets)}",
         )
-        _require_fields("data", self, lambda v: v >= 1, "at least 1", "max_train_examples")
+        most = ("max_train_examples", "max_eval_examples")
+        _require_fields("data", self, lambda v: v >= 1, "at least 1", *most)
         _require_fields("data", self, lambda v: v >= 2, "at least 2", "max_length")
         _require_fields("data", self, lambda v: v >= 0, "at least 0", "split_seed")
 
@@ -154,6 +163,7 @@ class DataConfig:
 _LOCAL_ONLY = (
     "validation",
     "test",
+    "test_fraction",
     "root",
     "text",
     "text_pair",
@@ -219,9 +229,10 @@ class OptimConfig:
         batch_size: Examples of one update.
         eval_batch_size: Examples of one evaluation step.
         accumulation_steps: Parts that a batch is computed in, one after the other.
-        learning_rate: Peak learning rate of the adapters, or of the whole base with "full".
+        learning_rate: Peak learning rate of the adapters, or of what "full" and "bitfit" train of
+            the checkpoint.
         head_learning_rate: Peak learning rate of base parameters that are trained in full; with
-            the method "full", of those that the checkpoint does not have (the head).
+            the methods "full" and "bitfit", of those that the checkpoint does not have (the head).
         schedule: Shape of the learning rate after the warm-up.
         warmup: Part of all steps during which the learning rate rises from 0.
         weight_decay: Decoupled weight decay.
@@ -293,12 +304,17 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
 
 
-def load(argv: Sequence[str]) -> Config:
-    """Reads the settings of a run from command-line arguments.
+Settings = TypeVar("Settings")
+
+
+def load(argv: Sequence[str], kind: type[Settings] = Config, **about: str) -> Settings:
+    """Reads settings from command-line arguments.
 
     Args:
         argv: Arguments without the program's name, for instance
             ``["--config", "run.yaml", "--optim.epochs", "3"]``; later ones win.
+        kind: The dataclass to fill.
+        **about: What ``--help`` says of the program, as `argparse.ArgumentParser` takes it.
 
     Returns:
         The checked settings.
@@ -308,18 +324,21 @@ def load(argv: Sequence[str]) -> Config:
             is missing, has the wrong type or is out of range.
         SystemExit: After ``--help`` or ``--print_config``, with code 0.
     """
-    _check_arguments(argv)
-    parser = _parser()
+    _check_arguments(argv, kind)
+    parser = _parser(kind, about)
     try:
         namespace = parser.parse_args(list(argv))
     except jsonargparse.ArgumentError as error:
-        raise ConfigError(_sentence(str(error))) from None
+        raise ConfigError(_sentence(str(error), kind)) from None
     namespace.pop("config")
-    return Config(**vars(parser.instantiate(namespace)))
+    try:
+        return kind(**vars(parser.instantiate(namespace)))
+    except ConfigError as error:
+        raise _name_entry(parser, namespace, error) from None
 
 
-def save(config: Config, path: str | Path) -> None:
-    """Writes settings as YAML that `load` reads back as an equal `Config`.
+def save(config: Any, path: str | Path) -> None:
+    """Writes settings as YAML that `load` reads back as equal ones.
 
     Args:
         config: The settings.
@@ -339,41 +358,66 @@ _load_yaml = jsonargparse.get_loader("yaml")
 jsonargparse.set_loader("yaml", _load_value, exceptions=(yaml.YAMLError,))
 
 
-def _parser() -> jsonargparse.ArgumentParser:
+def _parser(kind: type, about: Mapping[str, str]) -> jsonargparse.ArgumentParser:
+    standard = {
+        "prog": "python -m train",
+        "description": "Fine-tune a Flax model with circulant adapters.",
+    }
     parser = jsonargparse.ArgumentParser(
-        prog="python -m train",
-        description="Fine-tune a Flax model with circulant adapters.",
-        exit_on_error=False,
-        allow_abbrev=False,
+        **{**standard, **about}, exit_on_error=False, allow_abbrev=False
     )
     parser.add_argument("--config", action="config", help="YAML file with settings")
-    parser.add_class_arguments(Config)
-    for name in typing.get_type_hints(Config):
+    parser.add_class_arguments(kind)
+    for name, hint in typing.get_type_hints(kind).items():
         # The parser's own --section FILE would be a second way to give files: not offered.
-        parser._option_string_actions[f"--{name}"].help = argparse.SUPPRESS
+        if dataclasses.is_dataclass(hint):
+            parser._option_string_actions[f"--{name}"].help = argparse.SUPPRESS
     return parser
 
 
-def _check_arguments(argv: Sequence[str]) -> None:
+def _name_entry(
+    parser: jsonargparse.ArgumentParser, namespace: jsonargparse.Namespace, error: ConfigError
+) -> ConfigError:
+    """Adds which entry of a mapping of sections does not fit, which a section cannot know."""
+    mappings = {key: value for key, value in vars(namespace).items() if isinstance(value, dict)}
+
+    def fits(**kept: Any) -> bool:
+        partial = {**vars(namespace), **{key: {} for key in mappings}, **kept}
+        try:
+            parser.instantiate(jsonargparse.Namespace(partial))
+        except ConfigError:
+            return False
+        return True
+
+    if fits():
+        for key, entries in mappings.items():
+            for name, entry in entries.items():
+                if not fits(**{key: {name: entry}}):
+                    return ConfigError(f"`{key}.{name}`: {error}")
+    return error
+
+
+def _check_arguments(argv: Sequence[str], kind: type) -> None:
     """Refuses unknown keys before parsing, where the nearest right key can still be named."""
-    known = [*_keys(), "config", "help", "print_config"]
-    dictionaries = tuple(f"{k}." for k, hint in _keys().items() if typing.get_origin(hint) is dict)
+    keys = _keys(kind)
+    known = [*keys, "config", "help", "print_config"]
+    dictionaries = tuple(f"{k}." for k, hint in keys.items() if typing.get_origin(hint) is dict)
     expects_file = False
     for argument in argv:
         if expects_file:
-            _check_file(argument)
+            _check_file(argument, kind)
         option, separator, value = argument.partition("=")
         expects_file = argument == "--config"
         if option == "--config" and separator:
-            _check_file(value)
+            _check_file(value, kind)
         if option.startswith("--"):
             key = option[2:].removesuffix("+")
             # A dictionary's own keys follow its name: --adapter.hyperparameters.block_size 128.
             if key not in known and not key.startswith(dictionaries):
-                raise _unknown(key, known)
+                raise _unknown(key, known, kind)
 
 
-def _check_file(path: str) -> None:
+def _check_file(path: str, kind: type) -> None:
     """Refuses unknown and repeated keys of a YAML file, which parsers drop or merge silently."""
     try:
         root = yaml.compose(Path(path).read_text(encoding="utf-8"))
@@ -383,34 +427,41 @@ def _check_file(path: str) -> None:
         raise ConfigError(f"the config file `{path}` is not UTF-8 text") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"`{path}` is not YAML: {' '.join(str(error).split())}") from None
-    _check_node(root, Config, "", path)
+    _check_node(root, kind, "", path, kind)
 
 
-def _check_node(node: yaml.Node | None, section: type, prefix: str, path: str) -> None:
+def _check_node(node: yaml.Node | None, hint: Any, prefix: str, path: str, kind: type) -> None:
+    """Checks a mapping: a section, or entries by name if the hint is a dictionary of sections."""
     if not isinstance(node, yaml.MappingNode):
         name = f"`{prefix.removesuffix('.')}` in `{path}`" if prefix else f"`{path}`"
         raise ConfigError(f"{name} must be a mapping of keys to values")
-    hints = typing.get_type_hints(section)
+    hints = typing.get_type_hints(hint) if dataclasses.is_dataclass(hint) else None
     seen = set()
     for key_node, value in node.value:
         name, key = key_node.value, f"{prefix}{key_node.value}"
         where = f" in `{path}`, line {key_node.start_mark.line + 1}"
-        if name not in hints:
-            candidates = _keys() if section in _sections() else [prefix + h for h in hints]
-            raise _unknown(key, candidates, where)
+        if hints is not None and name not in hints:
+            candidates = _keys(kind) if hint in _sections(kind) else [prefix + h for h in hints]
+            raise _unknown(key, candidates, kind, where)
         if name in seen:
             raise ConfigError(f"key `{key}` is given twice{where}")
         seen.add(name)
-        hint = hints[name]
-        if dataclasses.is_dataclass(hint):
-            _check_node(value, hint, f"{key}.", path)
+        inner = typing.get_args(hint)[1] if hints is None else hints[name]
+        if _holds_sections(inner):
+            _check_node(value, inner, f"{key}.", path, kind)
         elif isinstance(value, yaml.SequenceNode):
-            for item in filter(dataclasses.is_dataclass, typing.get_args(hint)):
+            for item in filter(dataclasses.is_dataclass, typing.get_args(inner)):
                 for index, element in enumerate(value.value):
-                    _check_node(element, item, f"{key}[{index}].", path)
+                    _check_node(element, item, f"{key}[{index}].", path, kind)
 
 
-def _unknown(key: str, known: Iterable[str], where: str = "") -> ConfigError:
+def _holds_sections(hint: Any) -> bool:
+    """Whether a type is a section, or a dictionary of sections by name."""
+    entries = typing.get_args(hint)[1:] if typing.get_origin(hint) is dict else (hint,)
+    return all(map(dataclasses.is_dataclass, entries))
+
+
+def _unknown(key: str, known: Iterable[str], kind: type, where: str = "") -> ConfigError:
     """Names the key nearest to an unknown one, or else all keys beside it."""
     section, _, name = key.rpartition(".")
     fields = {k.rpartition(".")[2]: k for k in known}
@@ -422,47 +473,62 @@ def _unknown(key: str, known: Iterable[str], where: str = "") -> ConfigError:
     elif beside:
         hint = f"known keys are {', '.join(beside)}"
     else:
-        hint = f"the sections are {', '.join(typing.get_type_hints(Config))}"
+        hint = f"the sections are {', '.join(typing.get_type_hints(kind))}"
     return ConfigError(f"unknown key `{key}`{where}; {hint}")
 
 
-def _sections() -> dict[type, str]:
+def _sections(kind: type) -> dict[type, str]:
     """The types of the sections and the prefixes of their keys; that of the whole is empty."""
-    hints = typing.get_type_hints(Config)
-    return {Config: ""} | {hint: f"{name}." for name, hint in hints.items()}
+    hints = typing.get_type_hints(kind)
+    sections = {hint: f"{n}." for n, hint in hints.items() if dataclasses.is_dataclass(hint)}
+    return {kind: ""} | sections
 
 
-def _keys() -> dict[str, Any]:
+def _keys(kind: type) -> dict[str, Any]:
     """The type of every dotted key."""
+    sections = _sections(kind)
     return {
         f"{prefix}{name}": hint
-        for section, prefix in _sections().items()
+        for section, prefix in sections.items()
         for name, hint in typing.get_type_hints(section).items()
-        if hint not in _sections()
+        if not dataclasses.is_dataclass(hint)
     }
 
 
-def _sentence(message: str) -> str:
+def _sentence(message: str, kind: type) -> str:
     """Turns the parser's message of several lines into one sentence with the key and its type."""
-    key = re.search(r'key "([^"]+)"', message)
-    prefix = f"{key[1]}." if key else ""
+    keys = re.findall(r'key "([^"]+)"', message)
+    name, hint = _locate(keys, kind)
     required = re.search(r"arguments are required: (.*)", message)
     if required:
-        return f"`{prefix}{required[1]}` must be set"
+        return f"`{name}{'.' if name else ''}{required[1]}` must be set"
     unexpected = re.search(r"unrecognized arguments: (.*)", message)
     if unexpected:
         return f"unexpected argument `{unexpected[1]}`; settings are given as --section.field value"
-    hint = _keys().get(key[1]) if key else None
-    unaccepted = re.search(r"Option '([^']+)' is not accepted", message)
-    if unaccepted:
-        names = [
-            f.name for t in typing.get_args(hint) if t is not ... for f in dataclasses.fields(t)
-        ]
-        return str(_unknown(f"{prefix}{unaccepted[1]}", [f"{prefix}{name}" for name in names]))
+    group = re.search(r"Group '([^']+)' does not accept option '([^']+)'", message)
+    option = re.search(r"Option '([^']+)' is not accepted", message)
+    if group or option:
+        name, section = _locate([*keys, group[1]] if group else keys, kind)
+        known = [f"{name}.{field}" for field in typing.get_type_hints(section)]
+        return str(_unknown(f"{name}.{group[2] if group else option[1]}", known, kind))
     value = re.findall(r"(?:Got|Given) value: (.*)", message)
-    if hint is None or not value:
+    if not keys or not value:
         return " ".join(message.split())
-    return f"`{key[1]}` must be {_describe(hint)}, not {value[-1]!r}"
+    return f"`{name}` must be {_describe(hint)}, not {value[-1]!r}"
+
+
+def _locate(keys: Iterable[str], kind: type) -> tuple[str, Any]:
+    """The name and the type of what nested keys lead to, with a star for any entry's name."""
+    name, hint = [], kind
+    for key in keys:
+        for part in key.split("."):
+            hint = typing.get_type_hints(hint)[part]
+            name.append(part)
+        if typing.get_origin(hint) is dict and _holds_sections(hint):
+            name.append("*")
+        sections = [item for item in typing.get_args(hint) if dataclasses.is_dataclass(item)]
+        hint = sections[0] if sections else hint
+    return ".".join(name), hint
 
 
 def _describe(hint: Any) -> str:

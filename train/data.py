@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 
-from train import glue
+from train import docstrings, glue
 from train.config import DataConfig
 
 if TYPE_CHECKING:
@@ -175,24 +175,39 @@ def load_splits(config: DataConfig) -> Splits:
     Raises:
         DataError: If a file or dataset is missing, empty or unreadable, or a row does not fit.
     """
-    if config.task is not None:
+    if config.task == docstrings.NAME:
+        train, validation, test, names, notes = _load_docstrings()
+    elif config.task is not None:
         train, validation, test, names, notes = _load_glue(config.task)
     else:
         train, validation, test, names, notes = _load_files(config)
-    if validation is None:
-        total = len(train)
-        train, validation = _hold_out(train, names, config)
+
+    def hold_out(name: str, fraction: float) -> tuple[Split, Split]:
+        kept, held = _hold_out(train, names, name, fraction, config.split_seed)
         notes.append(
-            f"validation: {len(validation)} of {total} training examples held out "
+            f"{name}: {len(held)} of {len(train)} training examples held out "
             f"(split seed {config.split_seed})"
         )
-    if config.max_train_examples is not None and config.max_train_examples < len(train):
-        notes.append(f"training: {config.max_train_examples} of {len(train)} examples, at random")
+        return kept, held
+
+    if config.test_fraction is not None:
+        train, test = hold_out("test", config.test_fraction)
+    if validation is None:
+        train, validation = hold_out("validation", config.validation_fraction)
+
+    def part(name: str, split: Split, most: int | None) -> Split:
+        if most is None or most >= len(split):
+            return split
+        notes.append(f"{name}: {most} of {len(split)} examples, at random")
         rng = np.random.default_rng(config.split_seed)
-        chosen = rng.choice(len(train), config.max_train_examples, replace=False)
-        train = train.take(np.sort(chosen))
+        return split.take(np.sort(rng.choice(len(split), most, replace=False)))
+
+    train = part("training", train, config.max_train_examples)
+    validation = part("validation", validation, config.max_eval_examples)
     if test is None:
         notes.append("test: no test split given, so no test result is reported")
+    else:
+        test = part("test", test, config.max_eval_examples)
     return Splits(train, validation, test, names, tuple(notes))
 
 
@@ -384,6 +399,16 @@ def _load_glue(task: str) -> _Loaded:
     return split("train"), None, split(spec.validation), spec.labels, [note]
 
 
+def _load_docstrings() -> _Loaded:
+    names = tuple(docstrings.collect())
+
+    def split(part: str) -> Split:
+        texts, modules = zip(*docstrings.examples(part), strict=True)
+        return Split(texts, None, np.asarray([names.index(m) for m in modules], np.int32))
+
+    return split("train"), split("validation"), split("test"), names, []
+
+
 def _load_files(config: DataConfig) -> _Loaded:
     root = Path(config.root or ".")
 
@@ -533,19 +558,21 @@ def _number(label: str) -> float:
     return value
 
 
-def _hold_out(split: Split, names: tuple[str, ...], config: DataConfig) -> tuple[Split, Split]:
+def _hold_out(
+    split: Split, names: tuple[str, ...], name: str, fraction: float, seed: int
+) -> tuple[Split, Split]:
     from sklearn.model_selection import train_test_split
 
-    what = f"cannot hold out {config.validation_fraction} of {len(split)} training examples"
+    what = f"cannot hold out {fraction} of {len(split)} training examples"
     if names:
         counts = np.bincount(split.labels, minlength=len(names))
-        for name in (names[i] for i in np.flatnonzero(counts == 1)):
-            raise DataError(f"{what}: class {name!r} has one example; give `data.validation`")
+        for label in (names[i] for i in np.flatnonzero(counts == 1)):
+            raise DataError(f"{what}: class {label!r} has one example; give `data.{name}`")
     try:
         kept, held = train_test_split(
             np.arange(len(split)),
-            test_size=config.validation_fraction,
-            random_state=config.split_seed,
+            test_size=fraction,
+            random_state=seed,
             stratify=split.labels if names else None,
         )
     except ValueError as error:

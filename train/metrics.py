@@ -52,7 +52,8 @@ def choose(metric: str | None, task: str | None, classes: int) -> str:
     """
     names = {0: _REGRESSION, 2: _BINARY}.get(classes, _MULTICLASS)
     if metric is None:
-        return glue.TASKS[task].metric if task else {0: "pearson_spearman"}.get(classes, "accuracy")
+        usual = {0: "pearson_spearman"}.get(classes, "accuracy")
+        return glue.TASKS[task].metric if task in glue.TASKS else usual
     if metric not in names:
         raise ValueError(
             f"`run.metric` {metric!r} is not computed here; it can be {', '.join(names)}"

@@ -1,5 +1,6 @@
 """AdamW with a learning rate of its own for each leaf."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,25 +23,45 @@ def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     Returns:
         A function of the step, between 0 and 1.
     """
+    return _schedule(config.schedule, **_lengths(config, steps))
+
+
+def _lengths(config: OptimConfig, steps: int) -> dict[str, float]:
     warmup = round(config.warmup * steps)
-    rest = max(1, steps - warmup)
-    match config.schedule:
-        case "linear":
-            after = optax.linear_schedule(1.0, 0.0, rest)
-        case "cosine":
-            after = optax.cosine_decay_schedule(1.0, rest)
-        case "constant":
-            after = optax.constant_schedule(1.0)
-    # The first update already moves: its rate is 1/warmup, not 0.
-    rising = optax.linear_schedule(1 / max(1, warmup), 1.0, max(1, warmup - 1))
-    return optax.join_schedules([rising, after], [warmup])
+    return {"warmup": float(warmup), "rest": float(max(1, steps - warmup))}
 
 
-def make_rates(config: OptimConfig, plan: Plan, fast: frozenset[Path]) -> dict[str, Any]:
+def _schedule(
+    shape: str, warmup: float | jax.Array, rest: float | jax.Array
+) -> Callable[[jax.Array], jax.Array]:
+    """The schedule from lengths that may be traced, which those of optax may not."""
+
+    def fraction(step: jax.Array) -> jax.Array:
+        done = jnp.clip((step - warmup) / rest, 0.0, 1.0)
+        match shape:
+            case "linear":
+                after = 1.0 - done
+            case "cosine":
+                after = 0.5 * (1.0 + jnp.cos(jnp.pi * done))
+            case "constant":
+                after = 1.0
+        # The first update already moves: its rate is 1/warmup, not 0.
+        return jnp.where(step < warmup, (step + 1) / jnp.maximum(1.0, warmup), after)
+
+    return fraction
+
+
+def make_rates(
+    learning_rate: float | jax.Array,
+    head_learning_rate: float | jax.Array,
+    plan: Plan,
+    fast: frozenset[Path],
+) -> dict[str, Any]:
     """The peak learning rate of every leaf of the small tree.
 
     Args:
-        config: The two rates.
+        learning_rate: The adapters'.
+        head_learning_rate: That of leaves trained in full.
         plan: The adapters, whose methods scale their rates, and the leaves trained in full.
         fast: Leaves trained in full that learn at the adapters' rate, not at the head's.
 
@@ -50,7 +71,7 @@ def make_rates(config: OptimConfig, plan: Plan, fast: frozenset[Path]) -> dict[s
     rates = {}
     for path, factor in flatten_dict(plan.learning_rates()).items():
         head = path in plan.trained and path not in fast
-        rates[path] = factor * (config.head_learning_rate if head else config.learning_rate)
+        rates[path] = factor * (head_learning_rate if head else learning_rate)
     return unflatten_dict(rates)
 
 
@@ -68,24 +89,35 @@ def make_optimizer(
     Returns:
         The optimizer of the small tree.
     """
-    rates = make_rates(config, plan, fast)
     clip = (
         optax.identity()
         if config.clip_norm is None
         else optax.clip_by_global_norm(config.clip_norm)
     )
-    return optax.chain(
-        clip,
-        # Arrays that never train get no moments.
-        optax.masked(optax.scale_by_adam(config.b1, config.b2), plan.trainable()),
-        optax.add_decayed_weights(config.weight_decay, mask=plan.decayed()),
-        optax.stateless(lambda updates, _: jax.tree.map(lambda u, r: u * r, updates, rates)),
-        _scale_by_training(plan, steps),
-        optax.scale_by_learning_rate(make_schedule(config, steps)),
+
+    def adamw(
+        learning_rate: jax.Array, head_learning_rate: jax.Array, warmup: jax.Array, rest: jax.Array
+    ) -> optax.GradientTransformation:
+        rates = make_rates(learning_rate, head_learning_rate, plan, fast)
+        return optax.chain(
+            clip,
+            # Arrays that never train get no moments.
+            optax.masked(optax.scale_by_adam(config.b1, config.b2), plan.trainable()),
+            optax.add_decayed_weights(config.weight_decay, mask=plan.decayed()),
+            optax.stateless(lambda updates, _: jax.tree.map(lambda u, r: u * r, updates, rates)),
+            _scale_by_training(plan, warmup + rest),
+            optax.scale_by_learning_rate(_schedule(config.schedule, warmup, rest)),
+        )
+
+    # Peaks and lengths are in the state, so that runs that differ in them share one program.
+    return optax.inject_hyperparams(adamw)(
+        learning_rate=config.learning_rate,
+        head_learning_rate=config.head_learning_rate,
+        **_lengths(config, steps),
     )
 
 
-def _scale_by_training(plan: Plan, steps: int) -> optax.GradientTransformation:
+def _scale_by_training(plan: Plan, steps: jax.Array) -> optax.GradientTransformation:
     """Stops the updates of what methods freeze in the course of training."""
 
     def update(updates: Any, state: optax.ScaleByScheduleState, _: Any = None) -> tuple[Any, Any]:

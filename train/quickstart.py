@@ -3,14 +3,9 @@
 The task needs no download: which module of Python's standard library does a docstring belong to?
 """
 
-import ast
-import json
 import os
-import random
 import shutil
 import sys
-import sysconfig
-from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("USE_TORCH", "0")
@@ -23,20 +18,16 @@ from rich.console import Console
 
 import circflax as cf
 from train import config as configuration
+from train import docstrings
 from train.config import Config
 from train.data import Encoded, epoch_batches, load_splits
 from train.run import encode, run
-
-MODULES, MOST = 20, 160
-# Their sources are not part of every installation, or change much between versions of Python.
-LEFT_OUT = {"distutils", "ensurepip", "idlelib", "lib2to3", "pyrepl", "site-packages", "tkinter"}
-
 
 CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 
 
 def main(argv: list[str]) -> int:
-    """Makes the data, trains, merges, exports, and checks the export.
+    """Collects the data, trains, merges, exports, and checks the export.
 
     Args:
         argv: Settings that differ from ``configs/quickstart.yaml``, as for ``python -m train``.
@@ -48,8 +39,7 @@ def main(argv: list[str]) -> int:
     config = configuration.load(["--config", str(CONFIG), "--run.resume", "false", *argv])
     directory = Path(config.run.output)
     _heading(console, "1. Data: which module does a docstring belong to?")
-    texts = collect_docstrings()
-    _write(texts, Path(config.data.root))
+    texts = docstrings.collect()
     _say(console, f"{sum(map(len, texts.values()))} docstrings of {', '.join(texts)}")
 
     _heading(console, "2. Baseline: logistic regression on the frozen model's features")
@@ -85,59 +75,6 @@ def main(argv: list[str]) -> int:
         _say(console, "error: the exported model does not compute what the adapted one does.")
         return 1
     return 0
-
-
-def collect_docstrings() -> dict[str, list[str]]:
-    """The docstrings of the standard library's best documented modules.
-
-    Returns:
-        For each of `MODULES` modules up to `MOST` of its docstrings, cut to 40 words and in a
-        random order that is the same every time. A text that two modules share is left out.
-    """
-    root = Path(sysconfig.get_path("stdlib"))
-    owners: dict[str, set[str]] = {}
-    for file in sorted(root.rglob("*.py")):
-        parts = file.relative_to(root).parts
-        if LEFT_OUT.isdisjoint(parts) and not {"test", "tests"} & set(parts):
-            module = parts[0].removesuffix(".py").lstrip("_")
-            for text in _docstrings(file):
-                owners.setdefault(text, set()).add(module)
-    texts: dict[str, list[str]] = {}
-    for text, modules in owners.items():
-        if len(modules) == 1:
-            texts.setdefault(*modules, []).append(text)
-    largest = sorted(texts, key=lambda module: (-len(texts[module]), module))[:MODULES]
-    shuffle = random.Random(0)
-    return {
-        module: shuffle.sample(texts[module], min(MOST, len(texts[module])))
-        for module in sorted(largest)
-    }
-
-
-def _docstrings(file: Path) -> Iterator[str]:
-    try:
-        tree = ast.parse(file.read_bytes())
-    except SyntaxError:  # some files of the library are broken on purpose
-        return
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            words = (ast.get_docstring(node) or "").split()
-            if len(words) >= 5:
-                yield " ".join(words[:40])
-
-
-def _write(texts: dict[str, list[str]], directory: Path) -> None:
-    """Writes train, validation and test files: of ten examples of a module 7, 1 and 2."""
-    directory.mkdir(parents=True, exist_ok=True)
-    parts = {"train": slice(0, 7), "validation": slice(7, 8), "test": slice(8, 10)}
-    for name, part in parts.items():
-        lines = [
-            json.dumps({"text": text, "label": module})
-            for module, all_texts in texts.items()
-            for start in range(0, len(all_texts), 10)
-            for text in all_texts[start : start + 10][part]
-        ]
-        (directory / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
 
 
 def frozen_accuracy(config: Config) -> float:

@@ -3,14 +3,15 @@
 import dataclasses
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from rich.console import Console
 
 import circflax as cf
@@ -44,18 +45,43 @@ class _Run:
     progress: Progress
 
 
+class Observer(Protocol):
+    """Is told of every update and evaluation of a run that leaves no files."""
+
+    def append(self, *, step: int, epoch: int, split: str, **values: float) -> None:
+        """Takes one record, as `MetricsLog.append` does."""
+
+    def update(self, step: int, loss: float, tokens: int) -> None:
+        """Takes one update, as `TrainingProgress.update` does."""
+
+    def say(self, message: str) -> None:
+        """Takes a line for the screen."""
+
+
 @dataclass(frozen=True)
 class _Outlets:
-    """Where a run writes to."""
+    """Where a run writes to; one without checkpoints is kept in memory alone."""
 
-    checkpoints: Checkpoints
-    log: MetricsLog
-    bar: TrainingProgress
+    checkpoints: Checkpoints | None
+    log: MetricsLog | Observer
+    bar: TrainingProgress | Observer
     began: float
 
 
+class Compiled(NamedTuple):
+    """The compiled functions of a run.
+
+    They serve every run with the same model, plan and settings, whatever its seed, its peak
+    learning rates and its number of steps.
+    """
+
+    train_step: Callable[..., tuple[TrainState, jax.Array]]
+    predict: Callable[..., jax.Array]
+    finite: Callable[[Any], jax.Array]
+
+
 class Trainer:
-    """The compiled functions of a run and the loop around them."""
+    """The loop around the compiled functions of a run."""
 
     def __init__(
         self,
@@ -66,6 +92,7 @@ class Trainer:
         head: tuple[LeafPath, ...],
         encoded: Mapping[str, Encoded],
         metric: str,
+        compiled: Compiled | None = None,
     ) -> None:
         """Prepares a run; nothing is compiled or written yet.
 
@@ -77,22 +104,16 @@ class Trainer:
             head: The leaves that the checkpoint did not have.
             encoded: The examples of each split.
             metric: The validation metric that chooses the best epoch.
+            compiled: Functions of another trainer that this one can share; None makes them.
         """
         self._config, self._plan, self._base, self._metric = config, plan, base, metric
         self._encoded = encoded
         self._steps_per_epoch = len(self._batches(0))
         self._total = config.optim.epochs * self._steps_per_epoch
-        full = config.adapter.method == "full"
-        fast = frozenset(plan.trained) - frozenset(head) if full else frozenset()
+        own_rate = config.adapter.method in ("full", "bitfit")
+        fast = frozenset(plan.trained) - frozenset(head) if own_rate else frozenset()
         self._optimizer = make_optimizer(config.optim, plan, self._total, fast)
-        forward = make_forward(model, plan)
-        self._train_step = make_train_step(
-            forward, self._optimizer, config.optim.accumulation_steps
-        )
-        self._predict = jax.jit(forward)
-        self._finite = jax.jit(
-            lambda tree: jnp.all(jnp.stack([jnp.isfinite(a).all() for a in jax.tree.leaves(tree)]))
-        )
+        self.compiled = compiled or _compiled(config, model, plan, self._optimizer)
 
     def train(self, directory: Path, console: Console) -> tuple[Any, Progress]:
         """Runs to the last step, from the last checkpoint if there is one.
@@ -121,11 +142,34 @@ class Trainer:
                 if resumed is not None:
                     bar.say(f"resumed from step {step} of {self._total}")
                 began = time.monotonic() - run.progress.seconds
-                outlets = _Outlets(checkpoints, log, bar, began)
-                for epoch in range(step // self._steps_per_epoch, self._config.optim.epochs):
-                    self._train_epoch(run, epoch, outlets)
-                    self._close_epoch(run, epoch, outlets)
+                self._go_on(run, _Outlets(checkpoints, log, bar, began))
         return run.best, run.progress
+
+    def train_in_memory(self, observer: Observer) -> tuple[Any, Progress]:
+        """Runs from the first step to the last and writes nothing.
+
+        Args:
+            observer: Is told of every update and evaluation.
+
+        Returns:
+            The small tree of the best epoch, and where the run stands.
+
+        Raises:
+            TrainingError: If the loss or the small tree is no longer finite.
+        """
+        run = self._begin(None)
+        self._go_on(run, _Outlets(None, observer, observer, time.monotonic()))
+        return run.best, run.progress
+
+    def start(self) -> tuple[TrainState, jax.Array]:
+        """The state before the first update.
+
+        Returns:
+            The state, and the key that dropout's keys are made from.
+        """
+        init_key, rng = jax.random.split(jax.random.key(self._config.run.seed))
+        small = cf.init_adapters(init_key, self._plan, self._base)
+        return TrainState(small, self._optimizer.init(small), jnp.zeros((), jnp.int32)), rng
 
     def evaluate(self, small: Any, encoded: Encoded) -> tuple[dict[str, float], float]:
         """Predicts a split.
@@ -143,25 +187,29 @@ class Trainer:
             buckets=self._config.data.bucket_lengths,
             shuffle=False,
         )
-        outputs = [np.asarray(self._predict(small, self._base, batch)) for batch in batches]
+        outputs = [np.asarray(self.compiled.predict(small, self._base, batch)) for batch in batches]
         logits = batches.in_order(outputs)
         result = metrics.compute(logits, encoded.labels)
         return result, float(np.mean(losses(jnp.asarray(logits), jnp.asarray(encoded.labels))))
 
-    def _begin(self, checkpoints: Checkpoints) -> _Run:
-        init_key, rng = jax.random.split(jax.random.key(self._config.run.seed))
-        small = cf.init_adapters(init_key, self._plan, self._base)
-        state = TrainState(small, self._optimizer.init(small), jnp.zeros((), jnp.int32))
-        if checkpoints.latest is not None:
+    def _go_on(self, run: _Run, outlets: _Outlets) -> None:
+        start = int(run.state.step) // self._steps_per_epoch
+        for epoch in range(start, self._config.optim.epochs):
+            self._train_epoch(run, epoch, outlets)
+            self._close_epoch(run, epoch, outlets)
+
+    def _begin(self, checkpoints: Checkpoints | None) -> _Run:
+        state, rng = self.start()
+        if checkpoints is not None and checkpoints.latest is not None:
             return _Run(*checkpoints.restore(state, rng))
         # A copy, here and below: an update donates the buffers of the state it is given.
-        return _Run(state, jax.tree.map(jnp.copy, small), rng, Progress())
+        return _Run(state, jax.tree.map(jnp.copy, state.small), rng, Progress())
 
     def _train_epoch(self, run: _Run, epoch: int, outlets: _Outlets) -> None:
         start = int(run.state.step) - epoch * self._steps_per_epoch
         every = self._config.run.checkpoint_every
         for number, batch in enumerate(self._batches(epoch)[start:], start=start + 1):
-            run.state, array = self._train_step(run.state, self._base, batch, run.rng)
+            run.state, array = self.compiled.train_step(run.state, self._base, batch, run.rng)
             step, loss = epoch * self._steps_per_epoch + number, float(array)
             if not np.isfinite(loss):
                 raise TrainingError(
@@ -195,12 +243,13 @@ class Trainer:
         self._check(run, outlets)
         seconds = time.monotonic() - outlets.began
         run.progress = dataclasses.replace(run.progress, epoch=epoch, batch=batch, seconds=seconds)
-        outlets.log.sync()
-        outlets.checkpoints.save(run.state, run.best, run.rng, run.progress)
+        if outlets.checkpoints is not None:
+            outlets.log.sync()
+            outlets.checkpoints.save(run.state, run.best, run.rng, run.progress)
 
     def _check(self, run: _Run, outlets: _Outlets) -> None:
         # A finite loss can still have given an update that is not.
-        if not self._finite(run.state.small):
+        if not self.compiled.finite(run.state.small):
             raise TrainingError(
                 f"the adapters are not finite after step {int(run.state.step)};"
                 f" {_kept(outlets.checkpoints)}"
@@ -216,7 +265,26 @@ class Trainer:
         )
 
 
-def _kept(checkpoints: Checkpoints) -> str:
+def _compiled(
+    config: Config,
+    model: "FlaxPreTrainedModel",
+    plan: cf.Plan,
+    optimizer: optax.GradientTransformation,
+) -> Compiled:
+    forward = make_forward(model, plan)
+    return Compiled(
+        train_step=make_train_step(forward, optimizer, config.optim.accumulation_steps),
+        predict=jax.jit(forward),
+        finite=jax.jit(
+            lambda tree: jnp.all(jnp.stack([jnp.isfinite(a).all() for a in jax.tree.leaves(tree)]))
+        ),
+    )
+
+
+def _kept(checkpoints: Checkpoints | None) -> str:
+    hint = "a lower `optim.learning_rate` may help"
+    if checkpoints is None:
+        return f"{hint}."
     latest = checkpoints.latest
     kept = "there is no checkpoint yet" if latest is None else f"the one of step {latest} is kept"
-    return f"a lower `optim.learning_rate` may help, and {kept}."
+    return f"{hint}, and {kept}."

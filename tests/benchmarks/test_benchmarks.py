@@ -8,8 +8,8 @@ import pytest
 from benchmarks.__main__ import main
 from benchmarks.calibrate import main as calibrate
 from benchmarks.results import Results, markdown_table
-from benchmarks.timing import time_interleaved
 from circflax.methods import METHODS
+from train.timing import time_interleaved
 
 
 def test_layers_are_measured_once(tmp_path, capsys) -> None:

@@ -136,10 +136,14 @@ def test_the_model_is_required():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--data.task=foo"], "'foo' is not a GLUE task; it can be cola"),
+        (["--data.task=foo"], "'foo' is unknown; it can be docstrings or one of GLUE's: cola"),
         (["--data.train=x.tsv"], "exactly one of `data.task`"),
+        (
+            ["--data.task=null", "--data.train=x", "--data.test=y", "--data.test_fraction=0.1"],
+            "set at most one of `data.test`",
+        ),
         (["--data.text=x"], "`data.text` is for local files"),
-        (["--data.validation_fraction=1"], "`data.validation_fraction` must lie between 0 and 1"),
+        (["--data.validation_fraction=1"], "`data.validation_fraction` must be between 0 and 1"),
         (["--data.buckets=[64, 32]"], "`data.buckets` must be increasing"),
         (["--data.max_length=1"], "`data.max_length` must be at least 2, not 1"),
         (["--adapter.layers=[-1]"], "`adapter.layers` must be numbers from 0 up"),

@@ -7,11 +7,23 @@ import pytest
 from circflax import make_method
 from circflax.methods import PRESETS
 from train import config
+from train.compare.grid import Grid
+from train.run import LAMDA_PP, TRAINED
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+COMPARISONS = sorted((CONFIGS / "compare").glob("*.yaml"))
+RUNS = sorted(set(CONFIGS.rglob("*.yaml")) - set(COMPARISONS))
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.stem)
+def test_a_comparison_loads_and_names_methods(path: Path) -> None:
+    grid = config.load(["--config", str(path)], Grid)
+    for method in grid.methods.values():
+        if method.method not in ("full", LAMDA_PP, *TRAINED):
+            assert make_method(method.method, method.hyperparameters)
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
 def test_it_loads_and_names_a_method(path: Path) -> None:
     settings = config.load(["--config", str(path)])
     assert make_method(settings.adapter.method, settings.adapter.hyperparameters)

@@ -98,6 +98,29 @@ class TestFiles:
         assert part.validation.text == whole.validation.text
         assert "training: 5 of 18 examples, at random" in part.notes
 
+    def test_part_of_the_other_examples(self, tmp_path):
+        (tmp_path / "dev.tsv").write_text(ROWS)
+        splits = _load(tmp_path, ROWS, test="dev.tsv", max_eval_examples=1)
+        assert (len(splits.train), len(splits.validation), len(splits.test)) == (18, 1, 1)
+        assert "test: 1 of 20 examples, at random" in splits.notes
+
+    def test_a_test_split_can_be_held_out(self, tmp_path):
+        splits = _load(tmp_path, ROWS, test_fraction=0.5, validation_fraction=0.2)
+        assert (len(splits.train), len(splits.validation), len(splits.test)) == (8, 2, 10)
+        texts = [set(part.text) for part in (splits.train, splits.validation, splits.test)]
+        assert len(set.union(*texts)) == 20
+        assert np.bincount(splits.test.labels).tolist() == [5, 5]
+        assert splits.notes == (
+            "test: 10 of 20 training examples held out (split seed 0)",
+            "validation: 2 of 10 training examples held out (split seed 0)",
+        )
+
+    @pytest.mark.parametrize("split", ["validation", "test"])
+    def test_labels_that_the_training_split_lacks(self, tmp_path, split):
+        (tmp_path / "dev.tsv").write_text("text\tlabel\nx\ta\ny\tc\n")
+        with pytest.raises(DataError, match=r"dev\.tsv`, line 3: label 'c' is none of the classes"):
+            _load(tmp_path, ROWS, **{split: "dev.tsv"})
+
     @pytest.mark.parametrize(
         ("content", "name", "settings", "message"),
         [
@@ -136,6 +159,13 @@ class TestFiles:
     def test_missing_file(self, tmp_path):
         with pytest.raises(DataError, match="No such file"):
             load_splits(DataConfig(train="no.tsv", root=str(tmp_path)))
+
+
+def test_docstrings_need_no_file():
+    splits = load_splits(DataConfig(task="docstrings", max_train_examples=30))
+    assert (len(splits.train), len(splits.label_names)) == (30, 20)
+    assert not set(splits.train.text) & set(splits.test.text)
+    assert len(splits.test) > len(splits.validation) > 150
 
 
 class TestGlue:

@@ -4,15 +4,15 @@ from pathlib import Path
 
 import pytest
 
-from train import quickstart
+from train import docstrings, quickstart
 
 MODEL = Path(__file__).parents[2] / ".cache" / "minilm"
 
 
 def test_docstrings_are_many_and_distinct() -> None:
-    texts = quickstart.collect_docstrings()
-    assert len(texts) == quickstart.MODULES >= 16
-    assert all(40 <= len(of_module) <= quickstart.MOST for of_module in texts.values())
+    texts = docstrings.collect()
+    assert len(texts) == docstrings.MODULES >= 16
+    assert all(40 <= len(of_module) <= docstrings.MOST for of_module in texts.values())
     everything = [text for of_module in texts.values() for text in of_module]
     assert len(set(everything)) == len(everything) > 1500
 
@@ -22,7 +22,6 @@ def test_docstrings_are_many_and_distinct() -> None:
 def test_the_whole_way_on_a_few_examples(tmp_path, capsys) -> None:
     settings = {
         "model.name": MODEL,
-        "data.root": tmp_path / "run" / "data",
         "data.buckets": [64],
         "data.max_train_examples": 64,
         "optim.epochs": 1,

@@ -183,7 +183,8 @@ def test_learning_rates_follow_group_and_method(tiny_model) -> None:
     )
     plan = cf.make_plan(base, chosen)
     rates = make_rates(
-        OptimConfig(learning_rate=0.4, head_learning_rate=0.01),
+        0.4,
+        0.01,
         plan,
         frozenset({("bert", "pooler", "dense", "bias")}),
     )

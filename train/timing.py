@@ -1,9 +1,14 @@
-"""Timing functions side by side."""
+"""Time of functions, and what it depends on."""
 
+import os
+import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
+
+import jax
 
 
 class Timing(NamedTuple):
@@ -46,3 +51,25 @@ def time_interleaved(
     return {
         name: Timing(statistics.median(runs), min(runs), len(runs)) for name, runs in times.items()
     }
+
+
+def describe_machine() -> dict[str, str]:
+    """What the numbers depend on.
+
+    Returns:
+        The device, its cores and the versions of Python and JAX, in words.
+    """
+    device = jax.devices()[0]
+    return {
+        "device": device.device_kind if device.platform != "cpu" else _processor(),
+        "cores": str(len(os.sched_getaffinity(0))),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+    }
+
+
+def _processor() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

@@ -1,0 +1,1 @@
+"""`python -m train.compare`: methods by tasks by seeds on one base model."""

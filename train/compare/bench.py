@@ -1,0 +1,208 @@
+"""What the runs of a comparison share: examples, the base model and compiled functions."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import jax
+import jax.monitoring
+
+import circflax as cf
+from train import metrics
+from train.compare.grid import Cell, Grid
+from train.compare.records import Record
+from train.config import Config, ConfigError
+from train.data import Encoded, Splits, load_splits
+from train.run import _load_model, _make_plan, _truncation_notes, encode
+from train.trainer import Compiled, Trainer
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task's examples as the model takes them.
+
+    Attributes:
+        splits: The examples.
+        encoded: Their tokens by split.
+        metric: The metric that chooses the best epoch.
+    """
+
+    splits: Splits
+    encoded: dict[str, Encoded]
+    metric: str
+
+
+class Prepared(NamedTuple):
+    """A run that can start.
+
+    Attributes:
+        trainer: Its loop.
+        base: The parameters of the base model.
+        adapters: Number of the adapters' parameters.
+        in_full: Number of parameters trained in full.
+        head: How many of these the checkpoint does not have.
+    """
+
+    trainer: Trainer
+    base: Any
+    adapters: int
+    in_full: int
+    head: int
+
+
+class Bench:
+    """Runs single cells; a cell of the same method and task as the one before compiles nothing."""
+
+    def __init__(self, grid: Grid) -> None:
+        """Loads every task and checks every method on the model.
+
+        Args:
+            grid: The settings.
+
+        Raises:
+            ValueError: If the data of a task, or a method and the model, do not fit.
+        """
+        jax.config.update("jax_compilation_cache_dir", str(Path(grid.cache).resolve()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+        self.tasks: dict[str, Task] = {}
+        self._model: tuple[Any, Any] = (None, None)
+        self._compiled: tuple[Any, Compiled | None] = (None, None)
+        # Any of a trial's cells will do: they differ in rates, seeds and epochs alone.
+        by_task = {trial.task: trial.finals[0][0].config for trial in grid.trials}
+        by_label = {trial.label: trial.finals[0][0].config for trial in grid.trials}
+        directory = cf.interop.find_checkpoint(grid.model.name, grid.model.revision)
+        for name, config in by_task.items():
+            with _naming(f"task `{name}`"):
+                self.tasks[name] = _load_task(config, directory)
+        name, config = next(iter(by_task.items()))
+        model, base, loaded = _load_model(config, self.tasks[name].splits)
+        for label, config in by_label.items():
+            with _naming(f"method `{label}`"):
+                _make_plan(config, model, base, loaded.initialised)
+
+    def prepare(self, cell: Cell) -> Prepared:
+        """Makes a cell's trainer.
+
+        Args:
+            cell: The cell.
+
+        Returns:
+            The trainer and what it trains.
+        """
+        task = self.tasks[cell.task]
+        of = (cell.task, cell.config.run.seed)
+        if self._model[0] != of:
+            self._model = of, _load_model(cell.config, task.splits)
+        model, base, loaded = self._model[1]
+        head = loaded.initialised
+        plan = _make_plan(cell.config, model, base, head)
+        of = (cell.task, cell.label)
+        trainer = Trainer(
+            cell.config,
+            model,
+            base,
+            plan,
+            head,
+            task.encoded,
+            task.metric,
+            self._compiled[1] if self._compiled[0] == of else None,
+        )
+        self._compiled = of, trainer.compiled
+        counted = cf.summarize(base, plan)
+        added = sum(_leaf(base, path).size for path in head)
+        return Prepared(
+            trainer, base, counted.adapter_parameters, counted.trained_parameters, added
+        )
+
+    def run(self, cell: Cell) -> Record:
+        """Runs one cell.
+
+        Args:
+            cell: The cell.
+
+        Returns:
+            What came of it.
+
+        Raises:
+            TrainingError: If the loss or the adapters are no longer finite.
+            ValueError: If the model's outputs are not finite.
+        """
+        began, compiling = time.monotonic(), _Compiling.seconds
+        prepared, task, watch = self.prepare(cell), self.tasks[cell.task], _Watch()
+        best, progress = prepared.trainer.train_in_memory(watch)
+        test, _ = prepared.trainer.evaluate(best, task.encoded["test"])
+        return {
+            "metric": task.metric,
+            "validation": [round(result[task.metric], 6) for result in watch.validation],
+            "best_epoch": progress.best_epoch,
+            "test": {name: round(value, 6) for name, value in test.items()},
+            "adapters": prepared.adapters,
+            "in_full": prepared.in_full,
+            "steps": len(watch.seconds),
+            "seconds": round(time.monotonic() - began, 1),
+            "step_ms": round(1000 * median(watch.seconds), 1),
+            "compile_seconds": round(_Compiling.seconds - compiling, 1),
+            "notes": [*task.splits.notes, *_truncation_notes(cell.config, task.encoded)],
+        }
+
+
+def _load_task(config: Config, directory: Path) -> Task:
+    splits = load_splits(config.data)
+    if splits.test is None:
+        raise ConfigError("there is no test split; set `data.test` or `data.test_fraction`")
+    metric = metrics.choose(config.run.metric, config.data.task, len(splits.label_names))
+    return Task(splits, encode(config, splits, directory), metric)
+
+
+def _leaf(tree: Any, path: tuple[str, ...]) -> jax.Array:
+    for name in path:
+        tree = tree[name]
+    return tree
+
+
+class _Watch:
+    """Keeps what a record needs of a run: the time of each step and each epoch's validation."""
+
+    def __init__(self) -> None:
+        self.validation: list[dict[str, float]] = []
+        self.seconds: list[float] = []
+        self._updated = time.monotonic()
+
+    def append(self, *, step: int, epoch: int, split: str, **values: float) -> None:
+        if split == "validation":
+            self.validation.append(values)
+
+    def update(self, step: int, loss: float, tokens: int) -> None:
+        now = time.monotonic()
+        self.seconds.append(now - self._updated)
+        self._updated = now
+
+    def say(self, message: str) -> None:
+        pass
+
+
+class _Compiling:
+    """Time that the process has spent compiling programs or reading compiled ones."""
+
+    seconds = 0.0
+
+    @classmethod
+    def listen(cls, event: str, duration: float, **_: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            cls.seconds += duration
+
+
+jax.monitoring.register_event_duration_secs_listener(_Compiling.listen)
+
+
+@contextmanager
+def _naming(what: str) -> Iterator[None]:
+    """Puts what is at fault before the sentence of an error."""
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(f"{what}: {error}") from None
