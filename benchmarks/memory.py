@@ -137,4 +137,6 @@ def _table(records: Sequence[Record]) -> str:
             ]
         )
     header = ["method", "trainable", "peak GB", "/ lora", "paper GB", "/ lora"]
-    return markdown_table(header, rows)
+    fits = all(record["fits"] for record in records)
+    note = "" if fits else "\n\n† does not fit: what the compiler says that it would take."
+    return markdown_table(header, rows) + note

@@ -64,6 +64,28 @@ def test_memory_goes_on_where_it_ended(tmp_path, capsys, monkeypatch) -> None:
     assert "| lora " in out
 
 
+def test_what_does_not_fit_a_chip_is_said_not_to(monkeypatch) -> None:
+    import jax
+
+    from benchmarks import memory
+
+    def refuse(*_):
+        raise jax.errors.JaxRuntimeError(
+            "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space"
+            " hbm. Used 17.50G of 15.75G hbm. Exceeded hbm capacity by 1.75G."
+        )
+
+    monkeypatch.setattr(memory.tpu, "compile_for", refuse)
+    results = Results(None)
+    case = memory.grid("v5e", quick=True)[0]
+    monkeypatch.setattr(memory, "grid", lambda chip, quick: [case])
+    memory.run(results, "memory", "v5e", quick=True)
+    table = memory.table(results.of("memory"))
+    assert "18.79 †" in table and table.endswith(
+        "† does not fit: what the compiler says that it would take."
+    )
+
+
 def test_growth_is_drawn(tmp_path, monkeypatch) -> None:
     from benchmarks import growth
 
