@@ -236,7 +236,8 @@ class OptimConfig:
         schedule: Shape of the learning rate after the warm-up.
         warmup: Part of all steps during which the learning rate rises from 0.
         weight_decay: Decoupled weight decay.
-        clip_norm: Largest global norm of a gradient; None does not clip.
+        clip_norm: Largest global norm of a gradient, in which an array counts with the root of
+            its method's factor on the learning rate; None does not clip.
         b1: Decay of Adam's first moment.
         b2: Decay of Adam's second moment.
     """

@@ -1,5 +1,6 @@
 """AdamW with a learning rate of its own for each leaf."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -94,11 +95,7 @@ def make_optimizer(
     Returns:
         The optimizer of the small tree.
     """
-    clip = (
-        optax.identity()
-        if config.clip_norm is None
-        else optax.clip_by_global_norm(config.clip_norm)
-    )
+    clip = optax.identity() if config.clip_norm is None else _clip(config.clip_norm, plan)
 
     def adamw(
         learning_rate: jax.Array, head_learning_rate: jax.Array, warmup: jax.Array, rest: jax.Array
@@ -120,6 +117,23 @@ def make_optimizer(
         head_learning_rate=config.head_learning_rate,
         **_lengths(config, steps),
     )
+
+
+def _clip(limit: float, plan: Plan) -> optax.GradientTransformation:
+    """Clips by the global norm in the coordinates in which all learning rates would be equal.
+
+    An array with the factor f on its rate counts with the root of f. A circulant's gradient, which
+    sums p entries of the kernel's, then counts as much as the kernel's own would; as it is, it
+    would have all gradients clipped all the time.
+    """
+    roots = jax.tree.map(math.sqrt, plan.learning_rates())
+
+    def update(gradients: Any, _: Any) -> Any:
+        norm = optax.tree.norm(jax.tree.map(lambda g, root: g * root, gradients, roots))
+        scale = jnp.minimum(1.0, limit / norm)
+        return jax.tree.map(lambda g: g * scale, gradients)
+
+    return optax.stateless(update)
 
 
 def _scale_by_training(plan: Plan, steps: jax.Array) -> optax.GradientTransformation:

@@ -48,3 +48,20 @@ def test_rows_freeze_one_after_the_other(freeze_until: float) -> None:
     for row in range(4):
         last = freeze_until * (row + 1) / 4 * STEPS
         assert np.array_equal(moving[:, row], np.arange(STEPS) < last)
+
+
+@pytest.mark.parametrize("p", [1, 2, 8])
+def test_clipping_counts_a_circulants_gradient_as_the_kernels_own(p: int) -> None:
+    method, g = cf.BCA(p=p), np.random.default_rng(0).standard_normal((8, 8)).astype(np.float32)
+    params = {"query": {"kernel": jnp.zeros((8, 8))}}
+    plan = cf.make_plan(params, cf.AdapterConfig(method=method, targets=("query",)))
+    adapters = cf.init_adapters(jax.random.key(0), plan, params)
+    gradients = jax.grad(
+        lambda adapters: jnp.sum(g * method.delta(adapters["query"]["adapter"], 8, 8))
+    )(adapters)
+    # Without a decay the first moment is the clipped gradient.
+    optimizer = make_optimizer(OptimConfig(b1=0.0, clip_norm=1e-3), 1.0, plan, STEPS)
+    _, state = optimizer.update(gradients, optimizer.init(adapters), adapters)
+    moment = next(leaf for leaf in jax.tree.leaves(state) if leaf.shape == (8 // p, 8 // p, p))
+    # Each number stands in p entries, whose gradients it sums.
+    assert np.linalg.norm(method.delta({"c": moment / p}, 8, 8)) == pytest.approx(1e-3, rel=1e-4)
