@@ -3,12 +3,52 @@
 import time
 from statistics import median
 from types import TracebackType
+from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 
-class TrainingProgress:
+class Display:
+    """A bar that moves in a terminal alone, and lines above it. Use as a context manager."""
+
+    def __init__(self, console: Console, *columns: ProgressColumn) -> None:
+        """Prepares the display.
+
+        Args:
+            console: Where to write.
+            columns: What the bar shows.
+        """
+        self._console = console
+        self._bar = Progress(*columns, console=console)
+
+    def __enter__(self) -> Self:
+        if self._console.is_terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._console.is_terminal:
+            self._bar.stop()
+
+    def say(self, message: str) -> None:
+        """Prints a line above the bar."""
+        self._console.print(message, highlight=False, markup=False, soft_wrap=True)
+
+
+class TrainingProgress(Display):
     """Shows loss, tokens a second and the time left. Use as a context manager."""
 
     def __init__(
@@ -26,35 +66,23 @@ class TrainingProgress:
             console: Where to write; None is standard output.
             every_seconds: Shortest time between plain lines.
         """
-        self._console = console or Console()
-        self._total, self._every = total, every_seconds
-        self._began = self._printed = self._updated = time.monotonic()
-        self._tokens = 0
-        self._seconds: list[float] = []
-        self._bar = Progress(
+        super().__init__(
+            console or Console(),
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
             TextColumn("loss {task.fields[loss]}  {task.fields[speed]} tokens/s"),
             TimeRemainingColumn(),
-            console=self._console,
         )
+        self._total, self._every = total, every_seconds
+        self._began = self._printed = self._updated = time.monotonic()
+        self._tokens = 0
+        self._seconds: list[float] = []
         self._task = self._bar.add_task("train", total=total, completed=start, loss="-", speed="-")
 
-    def __enter__(self) -> "TrainingProgress":
+    def __enter__(self) -> Self:
         self._began = self._printed = self._updated = time.monotonic()
-        if self._console.is_terminal:
-            self._bar.start()
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self._console.is_terminal:
-            self._bar.stop()
+        return super().__enter__()
 
     def update(self, step: int, loss: float, tokens: int) -> None:
         """Reports a step.
@@ -78,10 +106,6 @@ class TrainingProgress:
             left = median(self._seconds) * (self._total - step)
             line = f"step {step}/{self._total}  loss {shown['loss']}  {shown['speed']} tokens/s"
             self.say(f"{line}  {duration(left)} left")
-
-    def say(self, message: str) -> None:
-        """Prints a line above the bar."""
-        self._console.print(message, highlight=False, markup=False, soft_wrap=True)
 
 
 def duration(seconds: float) -> str:

@@ -1,15 +1,14 @@
 """Progress of a comparison: one bar over all cells in a terminal, and a line for each cell."""
 
 import time
-from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 
-from train.progress import duration
+from train.progress import Display, duration
 
 
-class GridProgress:
+class GridProgress(Display):
     """Shows cells done and the time left. Use as a context manager."""
 
     def __init__(self, total: int, done: int, console: Console) -> None:
@@ -20,30 +19,15 @@ class GridProgress:
             done: Those that have a record already.
             console: Where to write.
         """
-        self._console = console
-        self._total, self._done, self._before = total, done, done
-        self._began = time.monotonic()
-        self._bar = Progress(
+        super().__init__(
+            console,
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
             TextColumn("{task.fields[left]} left  {task.description}"),
-            console=console,
         )
+        self._total, self._done, self._before = total, done, done
+        self._began = time.monotonic()
         self._task = self._bar.add_task("", total=total, completed=done, left="?")
-
-    def __enter__(self) -> "GridProgress":
-        if self._console.is_terminal:
-            self._bar.start()
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self._console.is_terminal:
-            self._bar.stop()
 
     def begin(self, cell: str) -> None:
         """Names the cell that runs now; its line comes with `finish`.
@@ -67,7 +51,3 @@ class GridProgress:
         where = f"[{self._done}/{self._total}] "
         plain = "" if self._console.is_terminal else f"  {remaining} left"
         self.say(f"{where}{line}{plain}")
-
-    def say(self, message: str) -> None:
-        """Prints a line above the bar."""
-        self._console.print(message, highlight=False, markup=False, soft_wrap=True)
