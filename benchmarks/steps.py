@@ -14,6 +14,7 @@ from circflax.costs import peak_memory
 from train.config import OptimConfig
 from train.optimizer import make_optimizer
 from train.steps import TrainState, make_forward, make_train_step
+from train.tasks import classification
 from train.timing import time_interleaved
 
 # What RoBERTa's configurations share.
@@ -112,7 +113,8 @@ def make_step(case: Record, adapter: cf.AdapterConfig) -> Step:
         "labels": jax.ShapeDtypeStruct(ids[:1], jnp.int32),
         "weights": jax.ShapeDtypeStruct(ids[:1], jnp.float32),
     }
-    run = make_train_step(make_forward(model, plan), optimizer, accumulation_steps=1)
+    forward = make_forward(model, plan)
+    run = make_train_step(forward, classification.losses, optimizer, accumulation_steps=1)
     return Step(run, (state, base, batch, jax.eval_shape(jax.random.key, 0)), plan)
 
 

@@ -9,7 +9,7 @@ os.environ.setdefault("USE_TF", "0")
 # transformers announces the end of its Flax classes with every import.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-from train import config
+from train import settings
 from train.run import run
 from train.trainer import TrainingError
 
@@ -24,7 +24,7 @@ def main(argv: list[str]) -> int:
         The exit code: 0, 1 if training failed, 2 if settings, data or model do not fit.
     """
     try:
-        run(config.load(argv))
+        run(settings.load(argv))
     except TrainingError as error:
         return _fail(error, 1)
     except OSError as error:

@@ -1,11 +1,13 @@
-"""Metrics of predictions; for every one of them more is better."""
+"""Metrics of predictions, and which of them choose the best epoch."""
 
 import numpy as np
 
 from train import glue
 
+PERPLEXITY = "perplexity"
 _BINARY = ("accuracy", "f1", "matthews")
 _MULTICLASS = ("accuracy", "matthews")
+_MANY = (*_MULTICLASS, "top5")
 _REGRESSION = ("pearson", "spearman", "pearson_spearman")
 
 
@@ -19,7 +21,8 @@ def compute(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 
     Returns:
         Two classes: accuracy, f1 (of class 1) and matthews; more classes: accuracy and
-        matthews; regression: pearson, spearman and their mean pearson_spearman.
+        matthews, and with more than five top5, the part whose class is among the five likeliest;
+        regression: pearson, spearman and their mean pearson_spearman.
 
     Raises:
         ValueError: If logits and labels do not fit together, or a logit is not finite.
@@ -33,7 +36,7 @@ def compute(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         raise ValueError(f"logits of shape {logits.shape} do not fit {len(labels)} labels")
     if regression:
         return _regression(logits.reshape(-1), labels)
-    return _classification(logits.argmax(-1), labels, classes=logits.shape[-1])
+    return _classification(logits, labels)
 
 
 def choose(metric: str | None, task: str | None, classes: int) -> str:
@@ -50,7 +53,7 @@ def choose(metric: str | None, task: str | None, classes: int) -> str:
     Raises:
         ValueError: If the one asked for is not among those.
     """
-    names = {0: _REGRESSION, 2: _BINARY}.get(classes, _MULTICLASS)
+    names = {0: _REGRESSION, 2: _BINARY}.get(classes, _MANY if classes > 5 else _MULTICLASS)
     if metric is None:
         usual = {0: "pearson_spearman"}.get(classes, "accuracy")
         return glue.TASKS[task].metric if task in glue.TASKS else usual
@@ -61,15 +64,32 @@ def choose(metric: str | None, task: str | None, classes: int) -> str:
     return metric
 
 
-def _classification(predictions: np.ndarray, labels: np.ndarray, classes: int) -> dict[str, float]:
+def better(metric: str, value: float, than: float) -> bool:
+    """Whether a value of a metric is better than another.
+
+    Args:
+        metric: The metric's name.
+        value: The value.
+        than: The other.
+
+    Returns:
+        Whether it is higher, or of a perplexity lower.
+    """
+    return value < than if metric == PERPLEXITY else value > than
+
+
+def _classification(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     from sklearn import metrics
 
+    predictions, classes = logits.argmax(-1), logits.shape[-1]
     results = {"accuracy": metrics.accuracy_score(labels, predictions)}
     if classes == 2:
         # Without a true or predicted positive F1 is 0/0, which counts as 0.
         results["f1"] = metrics.f1_score(labels, predictions, zero_division=0.0)
     # scikit-learn gives 0 where a constant side leaves the coefficient undefined.
     results["matthews"] = metrics.matthews_corrcoef(labels, predictions)
+    if classes > 5:
+        results["top5"] = metrics.top_k_accuracy_score(labels, logits, k=5, labels=range(classes))
     return {name: float(value) for name, value in results.items()}
 
 

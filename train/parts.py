@@ -1,15 +1,16 @@
-"""What a run is put together from: the base model, what trains of it, and the tokens."""
+"""What a run is put together from: its task, the base model, and what trains of it."""
 
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import jax
 import jax.numpy as jnp
 
 import circflax as cf
 from circflax.tree import Path as LeafPath
-from train.config import Config
-from train.data import Encoded, Split, Splits, tokenize
+from train.config import Config, DataConfig
+from train.tasks.task import Task
+from train.tasks.text import TextClassification
 
 if TYPE_CHECKING:
     from transformers import FlaxPreTrainedModel
@@ -36,14 +37,32 @@ def learning_rate(config: Config) -> float:
     return _RATES[method] if method in _RATES else cf.methods.METHODS[method].learning_rate
 
 
+def load_task(config: Config) -> Task:
+    """Reads the examples of a run.
+
+    Args:
+        config: The settings.
+
+    Returns:
+        The task that they are for.
+
+    Raises:
+        ValueError: If examples and settings do not fit.
+    """
+    return _TASKS[type(config.examples)](config)
+
+
+_TASKS: dict[type, Callable[[Config], Task]] = {DataConfig: TextClassification}
+
+
 def load_model(
-    config: Config, splits: Splits
+    config: Config, task: Task
 ) -> tuple["FlaxPreTrainedModel", dict[str, Any], cf.interop.LoadReport]:
     """Loads the base model with a head for the task.
 
     Args:
         config: The settings.
-        splits: The examples, whose classes the head has.
+        task: The task.
 
     Returns:
         The model, its parameters, and which of these the checkpoint did not have.
@@ -51,22 +70,13 @@ def load_model(
     Raises:
         CheckpointError: If the checkpoint cannot be read or does not fit.
     """
-    names = splits.label_names
-    if splits.regression:
-        head = {"num_labels": 1, "problem_type": "regression"}
-    else:
-        head = {
-            "num_labels": len(names),
-            "id2label": dict(enumerate(names)),
-            "label2id": {name: i for i, name in enumerate(names)},
-            "problem_type": "single_label_classification",
-        }
     return cf.interop.load_model(
         config.model.name,
-        "sequence-classification",
+        task.head,
         revision=config.model.revision,
-        config=head,
+        config=task.head_config,
         dtype=jnp.dtype(config.model.compute_dtype),
+        param_dtype=jnp.dtype(config.model.param_dtype),
         seed=config.run.seed,
     )
 
@@ -107,54 +117,14 @@ def make_plan(
         overrides=overrides,
         train=train,
     )
-    ids = jnp.zeros((1, 8), jnp.int32)
-    layouts = cf.linen.find_layouts(lambda params: model(ids, params=params), base)
+    layouts = cf.linen.find_layouts(lambda params: model(_example(model), params=params), base)
     plan = cf.make_plan(base, chosen, layouts)
     return cf.allocate_ranks(base, plan) if adapter.method == LAMDA_PP else plan
 
 
-def encode(config: Config, splits: Splits, directory: Path) -> dict[str, Encoded]:
-    """Tokenizes the examples of a run.
-
-    Args:
-        config: The settings.
-        splits: The examples.
-        directory: The base model's, with its tokenizer.
-
-    Returns:
-        The tokens of each split there is.
-
-    Raises:
-        DataError: If tokenizer, settings and examples do not fit.
-    """
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    parts: dict[str, Split | None] = {
-        "train": splits.train,
-        "validation": splits.validation,
-        "test": splits.test,
-    }
-    return {
-        name: tokenize(part, tokenizer, config.data.max_length)
-        for name, part in parts.items()
-        if part is not None
-    }
-
-
-def truncation_notes(config: Config, encoded: Mapping[str, Encoded]) -> list[str]:
-    """What to tell about examples that were cut.
-
-    Args:
-        config: The settings.
-        encoded: The tokens of each split.
-
-    Returns:
-        A sentence for each split in which there were some.
-    """
-    return [
-        f"{name}: {part.truncated} of {len(part)} examples were cut to {config.data.max_length}"
-        " tokens"
-        for name, part in encoded.items()
-        if part.truncated
-    ]
+def _example(model: "FlaxPreTrainedModel") -> jax.Array:
+    """The smallest input that shows what a model's layers compute."""
+    if model.main_input_name == "pixel_values":
+        batch, height, width, channels = model.input_shape
+        return jnp.zeros((batch, channels, height, width))
+    return jnp.zeros((1, 8), jnp.int32)

@@ -49,13 +49,14 @@ class Display:
 
 
 class TrainingProgress(Display):
-    """Shows loss, tokens a second and the time left. Use as a context manager."""
+    """Shows loss, speed and the time left. Use as a context manager."""
 
     def __init__(
         self,
         total: int,
         start: int = 0,
         console: Console | None = None,
+        unit: str = "tokens",
         every_seconds: float = 10.0,
     ) -> None:
         """Prepares the display.
@@ -64,6 +65,7 @@ class TrainingProgress(Display):
             total: Steps of the whole run.
             start: Steps made before, by a run that this one resumes.
             console: Where to write; None is standard output.
+            unit: What the speed is counted in.
             every_seconds: Shortest time between plain lines.
         """
         super().__init__(
@@ -71,12 +73,12 @@ class TrainingProgress(Display):
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]}  {task.fields[speed]} tokens/s"),
+            TextColumn(f"loss {{task.fields[loss]}}  {{task.fields[speed]}} {unit}/s"),
             TimeRemainingColumn(),
         )
-        self._total, self._every = total, every_seconds
+        self._total, self._unit, self._every = total, unit, every_seconds
         self._began = self._printed = self._updated = time.monotonic()
-        self._tokens = 0
+        self._size = 0
         self._seconds: list[float] = []
         self._task = self._bar.add_task("train", total=total, completed=start, loss="-", speed="-")
 
@@ -84,27 +86,29 @@ class TrainingProgress(Display):
         self._began = self._printed = self._updated = time.monotonic()
         return super().__enter__()
 
-    def update(self, step: int, loss: float, tokens: int) -> None:
+    def update(self, step: int, loss: float, size: int) -> None:
         """Reports a step.
 
         Args:
             step: Steps made so far, those before `start` included.
             loss: Loss of this step.
-            tokens: Tokens computed since the last update.
+            size: Units computed since the last update.
         """
         now = time.monotonic()
         self._seconds.append(now - self._updated)
         self._updated = now
-        self._tokens += tokens
+        self._size += size
         elapsed = max(now - self._began, 1e-9)
-        shown = {"loss": f"{loss:.4f}", "speed": f"{self._tokens / elapsed:,.0f}"}
+        shown = {"loss": f"{loss:.4f}", "speed": f"{self._size / elapsed:,.0f}"}
         if self._console.is_terminal:
             self._bar.update(self._task, completed=step, **shown)
         elif now - self._printed >= self._every or step == self._total:
             self._printed = now
             # The median, since a few steps take long: those that compile a program.
             left = median(self._seconds) * (self._total - step)
-            line = f"step {step}/{self._total}  loss {shown['loss']}  {shown['speed']} tokens/s"
+            line = (
+                f"step {step}/{self._total}  loss {shown['loss']}  {shown['speed']} {self._unit}/s"
+            )
             self.say(f"{line}  {duration(left)} left")
 
 

@@ -17,12 +17,10 @@ import numpy as np
 from rich.console import Console
 
 import circflax as cf
-from train import config as configuration
-from train import docstrings
+from train import docstrings, settings
 from train.config import Config
-from train.data import Encoded, epoch_batches, load_splits
-from train.parts import encode
 from train.run import run
+from train.tasks.text import TextClassification, Texts
 
 CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 
@@ -37,7 +35,7 @@ def main(argv: list[str]) -> int:
         The exit code: 0 if the exported model's logits agree with the adapted model's.
     """
     console = Console()
-    config = configuration.load(["--config", str(CONFIG), "--run.resume", "false", *argv])
+    config = settings.load(["--config", str(CONFIG), "--run.resume", "false", *argv])
     directory = Path(config.run.output)
     _heading(console, "1. Data: which module does a docstring belong to?")
     texts = docstrings.collect()
@@ -90,23 +88,24 @@ def frozen_accuracy(config: Config) -> float:
     from sklearn.linear_model import LogisticRegression
 
     model, params, report = cf.interop.load_model(config.model.name, "base")
-    encoded = encode(config, load_splits(config.data), report.directory)
+    texts = TextClassification(config).encode(report.directory)
 
     @jax.jit
     def pooled(params, batch):
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
         return model(**inputs, params=params).pooler_output
 
-    features = {name: _outputs(pooled, params, part, config) for name, part in encoded.items()}
+    labels = {name: part.labels for name, part in texts.encoded.items()}
+    features = {name: _outputs(pooled, params, texts, name) for name in texts.splits}
     classifiers = [
-        LogisticRegression(C=c, max_iter=1000).fit(features["train"], encoded["train"].labels)
+        LogisticRegression(C=c, max_iter=1000).fit(features["train"], labels["train"])
         for c in (0.1, 1.0, 10.0)
     ]
     best = max(
         classifiers,
-        key=lambda each: each.score(features["validation"], encoded["validation"].labels),
+        key=lambda each: each.score(features["validation"], labels["validation"]),
     )
-    return best.score(features["test"], encoded["test"].labels)
+    return best.score(features["test"], labels["test"])
 
 
 def export_difference(directory: Path, exported: Path, config: Config) -> float:
@@ -124,25 +123,20 @@ def export_difference(directory: Path, exported: Path, config: Config) -> float:
     run_adapted = cf.linen.attach(adapted.model, adapted.file.plan)
     both = cf.combine(adapted.params, adapted.file.adapters)
     plain, params, _ = cf.interop.load_model(exported, "sequence-classification")
-    test = encode(config, load_splits(config.data), exported)["test"]
+    texts = TextClassification(config).encode(exported)
 
     def logits(model, params):
         def predict(params, batch):
             inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
             return model(**inputs, params=params).logits
 
-        return _outputs(jax.jit(predict), params, test, config)
+        return _outputs(jax.jit(predict), params, texts, "test")
 
     return float(np.abs(logits(run_adapted, both) - logits(plain, params)).max())
 
 
-def _outputs(predict, params, encoded: Encoded, config: Config) -> np.ndarray:
-    batches = epoch_batches(
-        encoded,
-        batch_size=config.optim.eval_batch_size,
-        buckets=config.data.bucket_lengths,
-        shuffle=False,
-    )
+def _outputs(predict, params, texts: Texts, split: str) -> np.ndarray:
+    batches = texts.eval_batches(split)
     return batches.in_order([np.asarray(predict(params, batch)) for batch in batches])
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -31,9 +31,11 @@ class Summary:
         best_epoch: That epoch, counted from 1.
         validation: Validation metrics of that epoch.
         test: Test metrics of that epoch, if there is a test split.
+        compared: Metrics before the training and of that epoch, of the splits measured twice.
         seconds: Time of the run.
         seed: Seed of the run.
         notes: Sentences on the data and the run.
+        files: Names of what lies beside the report: pictures and answers.
     """
 
     task: str
@@ -48,6 +50,10 @@ class Summary:
     seconds: float
     seed: int
     notes: Sequence[str] = ()
+    compared: Mapping[str, tuple[Mapping[str, float], Mapping[str, float]]] = field(
+        default_factory=dict
+    )
+    files: Sequence[str] = ()
 
 
 def write(run_directory: str | Path, summary: Summary) -> None:
@@ -97,6 +103,7 @@ def markdown(summary: Summary) -> str:
         f"| | |\n|---|---|\n{rows}\n\n"
         + (f"{notes}\n" if notes else "")
         + "![Training loss and validation metric](curves.png)\n"
+        + "".join(f"{_link(name)}\n" for name in summary.files)
     )
 
 
@@ -161,7 +168,17 @@ def _rows(summary: Summary) -> list[tuple[str, str]]:
         rows.append(("test", "not reported: there is no test split"))
     else:
         rows += [(f"test {name}", f"{value:.4f}") for name, value in summary.test.items()]
+    rows += [
+        (f"{split} {name}", f"{value:.4f} before, {after[name]:.4f} after")
+        for split, (before, after) in summary.compared.items()
+        for name, value in before.items()
+    ]
     return [*rows, ("time", duration(summary.seconds)), ("seed", str(summary.seed))]
+
+
+def _link(name: str) -> str:
+    """A picture is shown, another file named."""
+    return f"\n{'!' if name.endswith('.png') else ''}[{Path(name).stem}]({name})"
 
 
 def _escape(text: str) -> str:

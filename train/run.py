@@ -7,11 +7,9 @@ from pathlib import Path
 from rich.console import Console
 
 import circflax as cf
-from train import config as configuration
-from train import metrics, report
-from train.config import Config, ConfigError, DataConfig
-from train.data import load_splits
-from train.parts import encode, load_model, make_plan, truncation_notes
+from train import report, settings
+from train.config import Config, ConfigError
+from train.parts import load_model, load_task, make_plan
 from train.trainer import Trainer
 
 CONFIG, ADAPTER = "config.yaml", "adapter"
@@ -40,19 +38,22 @@ def run(config: Config, console: Console | None = None) -> report.Summary:
     console = console or Console()
     directory = Path(config.run.output)
     _check_directory(config, directory)
-    splits = load_splits(config.data)
-    metric = metrics.choose(config.run.metric, config.data.task, len(splits.label_names))
-    model, base, loaded = load_model(config, splits)
+    task = load_task(config)
+    model, base, loaded = load_model(config, task)
     plan = make_plan(config, model, base, loaded.initialised)
     counted = cf.summarize(base, plan)
     console.print(str(counted), highlight=False, markup=False, soft_wrap=True)
-    encoded = encode(config, splits, loaded.directory)
+    workload = task.encode(loaded.directory, model)
 
     directory.mkdir(parents=True, exist_ok=True)
-    configuration.save(config, directory / CONFIG)
-    trainer = Trainer(config, model, base, plan, loaded.initialised, encoded, metric)
+    settings.save(config, directory / CONFIG)
+    trainer = Trainer(config, model, base, plan, loaded.initialised, workload, task.metric)
+    untrained = trainer.start()[0].small
+    before = {name: trainer.evaluate(untrained, name) for name in workload.compared}
     best, progress = trainer.train(directory, console)
-    test = trainer.evaluate(best, encoded["test"])[0] if "test" in encoded else None
+    test = trainer.evaluate(best, "test") if "test" in workload.splits else None
+    after = {name: trainer.evaluate(best, name) for name in workload.compared}
+    last = test or trainer.evaluate(best, "validation")
 
     adapter = directory / ADAPTER
     name = config.model.name
@@ -63,7 +64,7 @@ def run(config: Config, console: Console | None = None) -> report.Summary:
     model.config.save_pretrained(adapter)
 
     summary = report.Summary(
-        task=_task(config.data),
+        task=task.name,
         model=config.model.name,
         method=config.adapter.method,
         trainable={
@@ -71,13 +72,15 @@ def run(config: Config, console: Console | None = None) -> report.Summary:
             "in full": counted.trained_parameters,
         },
         total=counted.base_parameters + counted.adapter_parameters,
-        metric=metric,
+        metric=task.metric,
         best_epoch=progress.best_epoch,
         validation=progress.validation,
-        test=test,
+        test=None if test is None else test.metrics,
+        compared={name: (before[name].metrics, after[name].metrics) for name in before},
         seconds=progress.seconds,
         seed=config.run.seed,
-        notes=(*splits.notes, *truncation_notes(config, encoded)),
+        notes=workload.notes,
+        files=last.save(directory),
     )
     report.write(directory, summary)
     report.show(summary, console)
@@ -89,7 +92,7 @@ def _check_directory(config: Config, directory: Path) -> None:
     saved = directory / CONFIG
     if not config.run.resume or not saved.exists():
         return
-    before = configuration.load(["--config", str(saved)])
+    before = settings.load(["--config", str(saved)])
     for section in dataclasses.fields(Config):
         old, new = getattr(before, section.name), getattr(config, section.name)
         for field in dataclasses.fields(old):
@@ -100,9 +103,3 @@ def _check_directory(config: Config, directory: Path) -> None:
                     f" {now!r}; choose another `run.output`, or set `run.resume` to false to"
                     " begin again"
                 )
-
-
-def _task(data: DataConfig) -> str:
-    """The GLUE task, or the name of the local files' directory, or of the file."""
-    path = Path(data.root or ".", data.train or "")
-    return data.task or path.parent.name or path.stem

@@ -1,5 +1,6 @@
-"""The two compiled functions of a run: one update, and one batch of predictions."""
+"""The compiled functions of a run: an update, a batch of predictions, and generation."""
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
 Batch = Mapping[str, jax.Array]
 Forward = Callable[..., jax.Array]
+# From logits and a batch the sum of the losses and their number.
+Losses = Callable[[jax.Array, Batch], tuple[jax.Array, jax.Array]]
 
 
 class TrainState(NamedTuple):
@@ -31,45 +34,72 @@ class TrainState(NamedTuple):
     step: jax.Array
 
 
-def make_forward(model: "FlaxPreTrainedModel", plan: cf.Plan) -> Forward:
+def make_forward(
+    model: "FlaxPreTrainedModel",
+    plan: cf.Plan,
+    inputs: Callable[[Batch], dict[str, jax.Array]] = dict,
+    rematerialize: bool = False,
+) -> Forward:
     """The adapted model as a function `(small, base, batch, rng=None) -> logits`, float32.
 
     Args:
-        model: A Flax model of transformers with a classification head.
+        model: A Flax model of transformers with a head.
         plan: The layers to adapt.
+        inputs: What the model may take of a batch, by name; what it does not know is left out,
+            save ``segment_ids``, which keeps the examples of a row apart.
+        rematerialize: Whether the backward pass computes each block's activations again.
 
     Returns:
         The function; with an rng, dropout is on.
     """
     adapted = cf.linen.attach(model, plan)
+    if rematerialize:
+        adapted = cf.linen.rematerialize(adapted)
     accepted = inspect.signature(type(model).__call__).parameters
 
     def forward(small: Any, base: Any, batch: Batch, rng: jax.Array | None = None) -> jax.Array:
-        inputs = {name: array for name, array in batch.items() if name in accepted}
+        given = inputs(batch)
+        known = {name: array for name, array in given.items() if name in accepted}
         dropout = {} if rng is None else {"train": True, "dropout_rng": rng}
-        outputs = adapted(**inputs, params=cf.combine(base, small), **dropout)
+        run = adapted
+        if "segment_ids" in given:
+            run = functools.partial(cf.linen.keep_apart(run), segment_ids=given["segment_ids"])
+        outputs = run(**known, params=cf.combine(base, small), **dropout)
         return outputs.logits.astype(jnp.float32)
 
     return forward
 
 
-def losses(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Each example's loss: cross-entropy, or the squared error where labels are numbers.
+def make_generate(
+    model: "FlaxPreTrainedModel", plan: cf.Plan, settings: Mapping[str, Any]
+) -> Callable[[Any, Any, jax.Array, jax.Array, jax.Array], jax.Array]:
+    """Generation with adapters as a compiled function `(small, base, ids, mask, key) -> ids`.
 
     Args:
-        logits: (batch, classes), or (batch, 1) for regression.
-        labels: (batch,), integers or floating-point numbers.
+        model: A Flax causal language model of transformers.
+        plan: The layers to adapt.
+        settings: What `generate` of transformers takes besides.
 
     Returns:
-        (batch,).
+        The function: of prompts (batch, length), padded on the left, and their attention mask it
+        gives prompts and answers, (batch, length + new).
     """
-    if jnp.issubdtype(labels.dtype, jnp.floating):
-        return optax.squared_error(logits[:, 0], labels)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    adapted = cf.linen.attach(model.generate, plan)
+
+    def generate(
+        small: Any, base: Any, ids: jax.Array, mask: jax.Array, key: jax.Array
+    ) -> jax.Array:
+        params = cf.combine(base, small)
+        return adapted(ids, attention_mask=mask, params=params, prng_key=key, **settings).sequences
+
+    return jax.jit(generate)
 
 
 def make_train_step(
-    forward: Forward, optimizer: optax.GradientTransformation, accumulation_steps: int
+    forward: Forward,
+    losses: Losses,
+    optimizer: optax.GradientTransformation,
+    accumulation_steps: int,
 ) -> Callable[[TrainState, Any, Batch, jax.Array], tuple[TrainState, jax.Array]]:
     """The update as a compiled function `(state, base, batch, rng) -> (state, loss)`.
 
@@ -78,16 +108,16 @@ def make_train_step(
 
     Args:
         forward: See `make_forward`.
+        losses: The sum of a batch's losses, and how many there are.
         optimizer: The optimizer of the small tree.
         accumulation_steps: A divisor of the batch's size.
 
     Returns:
-        The function; the loss is the mean over the batch's examples.
+        The function; the loss is the mean over the whole batch.
     """
 
-    def summed(small: Any, base: Any, batch: Batch, rng: jax.Array) -> jax.Array:
-        logits = forward(small, base, batch, rng)
-        return jnp.sum(batch["weights"] * losses(logits, batch["labels"]))
+    def summed(small: Any, base: Any, batch: Batch, rng: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return losses(forward(small, base, batch, rng), batch)
 
     def train_step(
         state: TrainState, base: Any, batch: Batch, rng: jax.Array
@@ -96,13 +126,12 @@ def make_train_step(
         keys = jax.random.split(jax.random.fold_in(rng, state.step), accumulation_steps)
 
         def part(total: Any, xs: tuple[Batch, jax.Array]) -> tuple[Any, None]:
-            return jax.tree.map(
-                jnp.add, total, jax.value_and_grad(summed)(state.small, base, *xs)
-            ), None
+            own = jax.value_and_grad(summed, has_aux=True)(state.small, base, *xs)
+            return jax.tree.map(jnp.add, total, own), None
 
-        zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.small))
-        total, _ = jax.lax.scan(part, zero, (parts, keys))
-        loss, gradients = jax.tree.map(lambda a: a / jnp.sum(batch["weights"]), total)
+        zero = ((jnp.zeros(()), jnp.zeros(())), jax.tree.map(jnp.zeros_like, state.small))
+        ((loss, count), gradients), _ = jax.lax.scan(part, zero, (parts, keys))
+        loss, gradients = jax.tree.map(lambda a: a / count, (loss, gradients))
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.small)
         small = optax.apply_updates(state.small, updates)
         return TrainState(small, optimizer_state, state.step + 1), loss

@@ -1,9 +1,10 @@
 """The training loop: updates, an evaluation each epoch, checkpoints."""
 
 import dataclasses
+import functools
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -19,12 +20,12 @@ from circflax.tree import Path as LeafPath
 from train import metrics
 from train.checkpoints import Checkpoints, Progress
 from train.config import Config
-from train.data import Batches, Encoded, epoch_batches
 from train.log import MetricsLog
 from train.optimizer import make_optimizer
 from train.parts import learning_rate
 from train.progress import TrainingProgress
-from train.steps import TrainState, losses, make_forward, make_train_step
+from train.steps import TrainState, make_forward, make_generate, make_train_step
+from train.tasks.task import Evaluation, Runner, Workload
 
 if TYPE_CHECKING:
     from transformers import FlaxPreTrainedModel
@@ -52,7 +53,7 @@ class Observer(Protocol):
     def append(self, *, step: int, epoch: int, split: str, **values: float) -> None:
         """Takes one record, as `MetricsLog.append` does."""
 
-    def update(self, step: int, loss: float, tokens: int) -> None:
+    def update(self, step: int, loss: float, size: int) -> None:
         """Takes one update, as `TrainingProgress.update` does."""
 
     def say(self, message: str) -> None:
@@ -78,6 +79,7 @@ class Compiled(NamedTuple):
 
     train_step: Callable[..., tuple[TrainState, jax.Array]]
     predict: Callable[..., jax.Array]
+    generate: Callable[..., jax.Array] | None
     finite: Callable[[Any], jax.Array]
 
 
@@ -91,7 +93,7 @@ class Trainer:
         base: Any,
         plan: cf.Plan,
         head: tuple[LeafPath, ...],
-        encoded: Mapping[str, Encoded],
+        workload: Workload,
         metric: str,
         compiled: Compiled | None = None,
     ) -> None:
@@ -99,23 +101,23 @@ class Trainer:
 
         Args:
             config: The settings.
-            model: A Flax model of transformers with a classification head.
+            model: A Flax model of transformers with a head for the task.
             base: Its frozen parameters.
             plan: The adapters and the leaves trained in full.
             head: The leaves that the checkpoint did not have.
-            encoded: The examples of each split.
+            workload: The examples.
             metric: The validation metric that chooses the best epoch.
             compiled: Functions of another trainer that this one can share; None makes them.
         """
         self._config, self._plan, self._base, self._metric = config, plan, base, metric
-        self._encoded = encoded
-        self._steps_per_epoch = len(self._batches(0))
+        self._workload = workload
+        self._steps_per_epoch = len(workload.train_batches(config.run.seed, 0))
         self._total = config.optim.epochs * self._steps_per_epoch
         own_rate = config.adapter.method in ("full", "bitfit")
         fast = frozenset(plan.trained) - frozenset(head) if own_rate else frozenset()
         rate = learning_rate(config)
         self._optimizer = make_optimizer(config.optim, rate, plan, self._total, fast)
-        self.compiled = compiled or _compiled(config, model, plan, self._optimizer)
+        self.compiled = compiled or _compiled(config, model, plan, workload, self._optimizer)
 
     def train(self, directory: Path, console: Console) -> tuple[Any, Progress]:
         """Runs to the last step, from the last checkpoint if there is one.
@@ -139,7 +141,7 @@ class Trainer:
             step = int(run.state.step)
             with (
                 MetricsLog(directory, resumed) as log,
-                TrainingProgress(self._total, step, console) as bar,
+                TrainingProgress(self._total, step, console, self._workload.unit) as bar,
             ):
                 if resumed is not None:
                     bar.say(f"resumed from step {step} of {self._total}")
@@ -173,26 +175,20 @@ class Trainer:
         small = cf.init_adapters(init_key, self._plan, self._base)
         return TrainState(small, self._optimizer.init(small), jnp.zeros((), jnp.int32)), rng
 
-    def evaluate(self, small: Any, encoded: Encoded) -> tuple[dict[str, float], float]:
-        """Predicts a split.
+    def evaluate(self, small: Any, split: str) -> Evaluation:
+        """Measures a split.
 
         Args:
             small: A small tree.
-            encoded: The examples.
+            split: The split's name.
 
         Returns:
-            The metrics and the mean loss.
+            Its metrics and loss.
         """
-        batches = epoch_batches(
-            encoded,
-            batch_size=self._config.optim.eval_batch_size,
-            buckets=self._config.data.bucket_lengths,
-            shuffle=False,
-        )
-        outputs = [np.asarray(self.compiled.predict(small, self._base, batch)) for batch in batches]
-        logits = batches.in_order(outputs)
-        result = metrics.compute(logits, encoded.labels)
-        return result, float(np.mean(losses(jnp.asarray(logits), jnp.asarray(encoded.labels))))
+        compiled = self.compiled
+        generate = compiled.generate and functools.partial(compiled.generate, small, self._base)
+        runner = Runner(functools.partial(compiled.predict, small, self._base), generate)
+        return self._workload.evaluate(split, runner)
 
     def _go_on(self, run: _Run, outlets: _Outlets) -> None:
         start = int(run.state.step) // self._steps_per_epoch
@@ -210,7 +206,8 @@ class Trainer:
     def _train_epoch(self, run: _Run, epoch: int, outlets: _Outlets) -> None:
         start = int(run.state.step) - epoch * self._steps_per_epoch
         every = self._config.run.checkpoint_every
-        for number, batch in enumerate(self._batches(epoch)[start:], start=start + 1):
+        batches = self._workload.train_batches(self._config.run.seed, epoch)
+        for number, batch in enumerate(batches[start:], start=start + 1):
             run.state, array = self.compiled.train_step(run.state, self._base, batch, run.rng)
             step, loss = epoch * self._steps_per_epoch + number, float(array)
             if not np.isfinite(loss):
@@ -218,18 +215,19 @@ class Trainer:
                     f"the loss is {loss} at step {step}; {_kept(outlets.checkpoints)}"
                 )
             outlets.log.append(step=step, epoch=epoch + 1, split="train", loss=loss)
-            outlets.bar.update(step, loss, int(batch["attention_mask"].sum()))
+            outlets.bar.update(step, loss, self._workload.size(batch))
             if every and step % every == 0 and number < self._steps_per_epoch:
                 self._save(run, outlets, epoch=epoch, batch=number)
 
     def _close_epoch(self, run: _Run, epoch: int, outlets: _Outlets) -> None:
         """Evaluates, keeps the best, and saves."""
         self._check(run, outlets)
-        result, loss = self.evaluate(run.state.small, self._encoded["validation"])
+        evaluation = self.evaluate(run.state.small, "validation")
+        result, loss = evaluation.metrics, evaluation.loss
         step, value = int(run.state.step), result[self._metric]
         outlets.log.append(step=step, epoch=epoch + 1, split="validation", loss=loss, **result)
         before = run.progress.validation
-        better = before is None or value > before[self._metric]
+        better = before is None or metrics.better(self._metric, value, before[self._metric])
         if better:
             run.best = jax.tree.map(jnp.copy, run.state.small)
             run.progress = dataclasses.replace(
@@ -257,26 +255,24 @@ class Trainer:
                 f" {_kept(outlets.checkpoints)}"
             )
 
-    def _batches(self, epoch: int) -> Batches:
-        return epoch_batches(
-            self._encoded["train"],
-            batch_size=self._config.optim.batch_size,
-            buckets=self._config.data.bucket_lengths,
-            seed=self._config.run.seed,
-            epoch=epoch,
-        )
-
 
 def _compiled(
     config: Config,
     model: "FlaxPreTrainedModel",
     plan: cf.Plan,
+    workload: Workload,
     optimizer: optax.GradientTransformation,
 ) -> Compiled:
-    forward = make_forward(model, plan)
+    forward = make_forward(model, plan, workload.inputs)
+    training = make_forward(model, plan, workload.inputs, config.model.gradient_checkpointing)
+    steps = config.optim.accumulation_steps
+    settings = workload.generation
     return Compiled(
-        train_step=make_train_step(forward, optimizer, config.optim.accumulation_steps),
-        predict=jax.jit(forward),
+        train_step=make_train_step(training, workload.losses, optimizer, steps),
+        predict=jax.jit(
+            lambda small, base, batch: workload.rows(forward(small, base, batch), batch)
+        ),
+        generate=None if settings is None else make_generate(model, plan, settings),
         finite=jax.jit(
             lambda tree: jnp.all(jnp.stack([jnp.isfinite(a).all() for a in jax.tree.leaves(tree)]))
         ),

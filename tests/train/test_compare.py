@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from train import config
+from train import settings as reading
 from train.compare import bench, costs, plots, protocol, records, runner, table
 from train.compare.__main__ import main
 from train.compare.bench import Bench
@@ -139,7 +139,7 @@ class TestGrid:
         place[name] = value
         (tmp_path / "grid.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
         with pytest.raises(ConfigError) as error:
-            config.load(["--config", str(tmp_path / "grid.yaml")], Grid)
+            reading.load(["--config", str(tmp_path / "grid.yaml")], Grid)
         assert message in str(error.value) and "\n" not in str(error.value)
 
 
@@ -446,7 +446,7 @@ def test_a_cell_is_the_run_with_its_settings(arguments, tmp_path, no_measuring):
     from train.run import run
 
     main([*arguments, "--cells", "3"])
-    grid = config.load(arguments, Grid)
+    grid = reading.load(arguments, Grid)
     cell = trial_of(grid, "colours", "c3a").search[0]
     alone = dataclasses.replace(cell.config.run, output=str(tmp_path / "alone"))
     summary = run(dataclasses.replace(cell.config, run=alone))
@@ -456,7 +456,7 @@ def test_a_cell_is_the_run_with_its_settings(arguments, tmp_path, no_measuring):
 
 
 def test_cells_of_a_method_and_task_share_one_program(arguments):
-    grid = config.load([*arguments, "--search.epochs", "1"], Grid)
+    grid = reading.load([*arguments, "--search.epochs", "1"], Grid)
     trial = trial_of(grid, "colours", "c3a")
     workbench = Bench(grid)
     cells = [trial.search[0], trial.search[1], trial.finals[0][1]]
@@ -528,7 +528,7 @@ def test_other_settings_do_not_mix(arguments, tmp_path, capsys, no_measuring):
 
 def test_costs_are_measured_once_a_method(arguments, tmp_path, monkeypatch):
     monkeypatch.setattr(costs, "ROUNDS", 1)
-    grid = config.load(arguments, Grid)
+    grid = reading.load(arguments, Grid)
     workbench = Bench(grid)
     console = runner.Console(quiet=True)
     (tmp_path / "out").mkdir()
@@ -540,9 +540,9 @@ def test_costs_are_measured_once_a_method(arguments, tmp_path, monkeypatch):
     assert costs.unmeasured(grid) == []
     assert costs.read(tmp_path / "out").methods["head"] == before
     changed(arguments, "methods", {"c3a": {"method": "c3a", "learning_rates": [1.0]}})
-    assert costs.unmeasured(config.load(arguments, Grid)) == ["c3a"]
+    assert costs.unmeasured(reading.load(arguments, Grid)) == ["c3a"]
     longer = [*arguments, "--tasks.colours.data.max_length", "24"]
-    assert costs.unmeasured(config.load(longer, Grid)) == ["c3a"]
+    assert costs.unmeasured(reading.load(longer, Grid)) == ["c3a"]
     monkeypatch.delattr(Bench, "prepare")
     costs.measure(grid, workbench, ["head"], console)
     assert costs.unmeasured(grid) == []

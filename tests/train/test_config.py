@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from train.config import AdapterConfig, ConfigError, OverrideConfig, load, save
+from train.config import AdapterConfig, ConfigError, OverrideConfig
+from train.settings import load, save
 
 REQUIRED = ["--model.name", "bert", "--data.task", "rte"]
 
@@ -78,7 +79,7 @@ def test_saved_settings_load_equal(tmp_path):
         (["--epochs=1"], "unknown key `epochs`; did you mean `optim.epochs`?"),
         (["--optim.epoch=1"], "did you mean `optim.epochs`?"),
         (["--optim.lr=1"], "known keys are optim.epochs, optim.batch_size"),
-        (["--zzz=1"], "the sections are model, data, adapter, optim, run"),
+        (["--zzz=1"], "the sections are model, data, images, language, adapter, optim, run"),
         (["--optim.epochs=abc"], "`optim.epochs` must be a whole number, not 'abc'"),
         (["--optim.epochs=1.5"], "`optim.epochs` must be a whole number, not '1.5'"),
         (["--optim.learning_rate=x"], "`optim.learning_rate` must be a number or null, not 'x'"),
@@ -137,7 +138,13 @@ def test_the_model_is_required():
     ("arguments", "message"),
     [
         (["--data.task=foo"], "'foo' is unknown; it can be docstrings or one of GLUE's: cola"),
-        (["--data.train=x.tsv"], "exactly one of `data.task`"),
+        (["--data.task=null"], "set exactly one of `data.task`, `data.train` (texts with labels)"),
+        (["--images.dataset=digits"], "set exactly one of `data.task`"),
+        (["--images.classes=[a]"], "`images.classes` must name at least two"),
+        (["--language.top_p=0"], "`language.top_p` must be above 0 and at most 1, not 0"),
+        (["--language.prompt=x"], "`language.prompt` has no use with the format text"),
+        (["--language.subset=main"], "`language.subset` is a part of `language.dataset`"),
+        (["--data.train=x.tsv"], "set only one of `data.task` (examples by name)"),
         (
             ["--data.task=null", "--data.train=x", "--data.test=y", "--data.test_fraction=0.1"],
             "set at most one of `data.test`",

@@ -6,7 +6,7 @@ import pytest
 
 from circflax import make_method
 from circflax.methods import PRESETS
-from train import config
+from train import settings
 from train.compare.grid import Grid
 from train.parts import LAMDA_PP, TRAINED
 
@@ -17,7 +17,7 @@ RUNS = sorted(set(CONFIGS.rglob("*.yaml")) - set(COMPARISONS))
 
 @pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.stem)
 def test_a_comparison_loads_and_names_methods(path: Path) -> None:
-    grid = config.load(["--config", str(path)], Grid)
+    grid = settings.load(["--config", str(path)], Grid)
     for method in grid.methods.values():
         if method.method not in ("full", LAMDA_PP, *TRAINED):
             assert make_method(method.method, method.hyperparameters)
@@ -25,19 +25,19 @@ def test_a_comparison_loads_and_names_methods(path: Path) -> None:
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
 def test_it_loads_and_names_a_method(path: Path) -> None:
-    settings = config.load(["--config", str(path)])
-    assert make_method(settings.adapter.method, settings.adapter.hyperparameters)
+    loaded = settings.load(["--config", str(path)])
+    assert make_method(loaded.adapter.method, loaded.adapter.hyperparameters)
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_presets_config_is_the_preset(name: str) -> None:
     preset = PRESETS[name]
     path = CONFIGS / "glue" / f"{name.replace('/', '_').replace('-', '_')}.yaml"
-    settings = config.load(["--config", str(path)])
-    assert (settings.model.name, settings.data.task) == (preset.model, preset.task)
-    method = make_method(settings.adapter.method, settings.adapter.hyperparameters)
+    loaded = settings.load(["--config", str(path)])
+    assert (loaded.model.name, loaded.data.task) == (preset.model, preset.task)
+    method = make_method(loaded.adapter.method, loaded.adapter.hyperparameters)
     assert method == preset.method
-    optim = settings.optim
+    optim = loaded.optim
     assert (optim.learning_rate, optim.head_learning_rate, optim.epochs, optim.batch_size) == (
         preset.learning_rate,
         preset.head_learning_rate,
@@ -45,4 +45,4 @@ def test_a_presets_config_is_the_preset(name: str) -> None:
         preset.batch_size,
     )
     assert (optim.schedule, optim.warmup, optim.weight_decay) == ("linear", 0.06, 0.0)
-    assert settings.data.max_length == 512
+    assert loaded.data.max_length == 512

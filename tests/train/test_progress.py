@@ -12,7 +12,7 @@ def test_plain_lines_without_control_characters():
     console = Console(file=output, force_terminal=False, width=80)
     with TrainingProgress(100, console=console, every_seconds=3600) as progress:
         for step in range(1, 101):
-            progress.update(step, loss=0.5, tokens=10)
+            progress.update(step, loss=0.5, size=10)
         progress.say("[epoch] done")
     lines = output.getvalue().splitlines()
     assert len(lines) == 2
@@ -26,7 +26,7 @@ def test_a_bar_in_a_terminal():
     output = io.StringIO()
     console = Console(file=output, force_terminal=True, width=80)
     with TrainingProgress(10, start=4, console=console) as progress:
-        progress.update(10, loss=0.25, tokens=10)
+        progress.update(10, loss=0.25, size=10)
     assert "10/10" in output.getvalue()
     assert "loss 0.2500" in output.getvalue()
 

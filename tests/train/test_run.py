@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import circflax as cf
-from train import config, steps, trainer
+from train import settings, steps, trainer
 from train.__main__ import main
 from train.checkpoints import Checkpoints, Progress
 from train.config import OptimConfig
@@ -22,6 +22,7 @@ from train.optimizer import make_optimizer, make_rates, make_schedule
 from train.parts import learning_rate
 from train.run import run
 from train.steps import TrainState
+from train.tasks import classification
 from train.trainer import TrainingError
 
 # Hyperparameters that fit layers of 16 by 16.
@@ -68,7 +69,7 @@ def start(arguments: list[str]) -> subprocess.Popen:
 def test_a_run_leaves_a_report_metrics_and_its_adapter(method, arguments, tmp_path) -> None:
     hyperparameters = json.dumps(METHODS[method])
     adapter = ["--adapter.method", method, "--adapter.hyperparameters", hyperparameters]
-    summary = run(config.load([*arguments, *adapter]))
+    summary = run(settings.load([*arguments, *adapter]))
     directory = tmp_path / "run"
     assert set(summary.test) == {"accuracy", "f1", "matthews"}
     assert (directory / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -89,14 +90,14 @@ def test_a_run_leaves_a_report_metrics_and_its_adapter(method, arguments, tmp_pa
 
 def test_it_learns(arguments) -> None:
     more = ["--adapter.method", "full", "--optim.learning_rate", "0.01", "--optim.epochs", "8"]
-    summary = run(config.load([*arguments, *more]))
+    summary = run(settings.load([*arguments, *more]))
     assert summary.test["accuracy"] > 0.8
 
 
 def test_equal_seeds_give_equal_runs_and_others_do_not(arguments, tmp_path) -> None:
     results = []
     for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
-        run(config.load([*arguments, "--run.output", str(tmp_path / name), "--run.seed", seed]))
+        run(settings.load([*arguments, "--run.output", str(tmp_path / name), "--run.seed", seed]))
         results.append(finished(tmp_path / name))
     assert results[0] == results[1]
     assert results[0] != results[2]
@@ -123,9 +124,9 @@ def test_a_killed_run_resumes_and_ends_with_the_same_numbers(stop, arguments, tm
 
 
 def test_a_finished_run_is_reported_again_without_training(arguments, tmp_path, capsys) -> None:
-    first = run(config.load(arguments))
+    first = run(settings.load(arguments))
     before = finished(tmp_path / "run")
-    again = run(config.load(arguments))
+    again = run(settings.load(arguments))
     assert (again.test, again.best_epoch) == (first.test, first.best_epoch)
     assert finished(tmp_path / "run") == before
     assert "resumed from step 12 of 12" in capsys.readouterr().out
@@ -139,7 +140,7 @@ def test_a_run_does_not_go_on_with_other_settings(arguments, capsys) -> None:
 
 
 def test_only_the_small_tree_is_saved(arguments, tmp_path) -> None:
-    run(config.load([*arguments, "--adapter.method", "none"]))
+    run(settings.load([*arguments, "--adapter.method", "none"]))
     sizes = [f.stat().st_size for f in (tmp_path / "run" / "checkpoints").rglob("*") if f.is_file()]
     assert sum(sizes) < 50_000
 
@@ -157,7 +158,10 @@ def test_accumulation_is_the_whole_batch() -> None:
         plan = cf.Plan((), (("w",),))
         optimizer = make_optimizer(OptimConfig(warmup=0.0), 0.2, plan, 10)
         step = steps.make_train_step(
-            lambda small, base, batch, rng=None: batch["x"] @ small["w"], optimizer, parts
+            lambda small, base, batch, rng=None: batch["x"] @ small["w"],
+            classification.losses,
+            optimizer,
+            parts,
         )
         tree = jax.tree.map(jax.numpy.array, small)
         state = TrainState(tree, optimizer.init(tree), jax.numpy.zeros((), int))
@@ -198,13 +202,13 @@ def test_learning_rates_follow_group_and_method(tiny_model) -> None:
 def test_regression_and_pairs(tiny_model, tmp_path) -> None:
     rows = [f"red apple\tgreen lamp\t{i % 5}.5" for i in range(40)]
     (tmp_path / "train.tsv").write_text("\n".join(["a\tb\tscore", *rows]) + "\n")
-    settings = [
+    options = [
         *("--model.name", str(tiny_model), "--data.train", str(tmp_path / "train.tsv")),
         *("--data.text", "a", "--data.text_pair", "b", "--data.label", "score"),
         *("--data.regression", "true", "--optim.epochs", "1", "--data.max_length", "16"),
         *("--run.output", str(tmp_path / "run")),
     ]
-    summary = run(config.load(settings))
+    summary = run(settings.load(options))
     assert summary.metric == "pearson_spearman" and summary.test is None
     assert "no test split" in (tmp_path / "run" / "report.md").read_text()
 
@@ -212,7 +216,7 @@ def test_regression_and_pairs(tiny_model, tmp_path) -> None:
 def test_bfloat16_and_overrides_and_more_leaves(arguments, tmp_path) -> None:
     overrides = '[{"pattern": ".*layer/1.*", "method": "c3a", "hyperparameters": {"b": 4}}]'
     more = ["--model.compute_dtype", "bfloat16", "--adapter.overrides", overrides]
-    run(config.load([*arguments, *more, "--adapter.train", '["LayerNorm"]']))
+    run(settings.load([*arguments, *more, "--adapter.train", '["LayerNorm"]']))
     plan = cf.load_adapters(tmp_path / "run" / "adapter").plan
     assert {(t.path[3], t.method.name) for t in plan.targets} == {("0", "cdvft"), ("1", "c3a")}
     assert len([path for path in plan.trained if "LayerNorm" in path]) == 10
@@ -311,7 +315,7 @@ def test_training_error_is_not_a_value_error() -> None:
 
 def test_learning_rate_suits_the_method_unless_it_is_set(arguments) -> None:
     def rate(*more: str) -> float:
-        return learning_rate(config.load([*arguments, *more]))
+        return learning_rate(settings.load([*arguments, *more]))
 
     assert rate("--adapter.method", "lora") == cf.LoRA.learning_rate
     assert rate("--adapter.method", "lamda++") == cf.LaMDA.learning_rate

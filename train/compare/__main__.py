@@ -14,7 +14,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 from rich.console import Console
 
-from train import config
+from train import settings
 from train.compare import costs, plots, records, runner, table
 from train.compare.bench import Bench
 from train.compare.grid import Grid
@@ -52,7 +52,7 @@ def _run(argv: Sequence[str], console: Console) -> int:
         options, rest = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
         raise ConfigError(str(error)) from None
-    grid = config.load(
+    grid = settings.load(
         rest,
         Grid,
         prog="python -m train.compare",

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -12,28 +11,12 @@ import jax
 import jax.monitoring
 
 import circflax as cf
-from train import metrics
 from train.compare.grid import Cell, Grid
 from train.compare.records import Record
-from train.config import Config, ConfigError
-from train.data import Encoded, Splits, load_splits
-from train.parts import encode, load_model, make_plan, truncation_notes
+from train.config import ConfigError
+from train.parts import load_model, make_plan
+from train.tasks.text import TextClassification, Texts
 from train.trainer import Compiled, Trainer
-
-
-@dataclass(frozen=True)
-class Task:
-    """A task's examples as the model takes them.
-
-    Attributes:
-        splits: The examples.
-        encoded: Their tokens by split.
-        metric: The metric that chooses the best epoch.
-    """
-
-    splits: Splits
-    encoded: dict[str, Encoded]
-    metric: str
 
 
 class Prepared(NamedTuple):
@@ -68,7 +51,8 @@ class Bench:
         """
         jax.config.update("jax_compilation_cache_dir", str(Path(grid.cache).resolve()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-        self.tasks: dict[str, Task] = {}
+        self.tasks: dict[str, TextClassification] = {}
+        self.texts: dict[str, Texts] = {}
         self._model: tuple[Any, Any] = (None, None)
         self._compiled: tuple[Any, Compiled | None] = (None, None)
         # Any of a trial's cells will do: they differ in rates, seeds and epochs alone.
@@ -77,9 +61,14 @@ class Bench:
         directory = cf.interop.find_checkpoint(grid.model.name, grid.model.revision)
         for name, config in by_task.items():
             with _naming(f"task `{name}`"):
-                self.tasks[name] = _load_task(config, directory)
+                self.tasks[name] = task = TextClassification(config)
+                self.texts[name] = task.encode(directory)
+                if "test" not in self.texts[name].splits:
+                    raise ConfigError(
+                        "there is no test split; set `data.test` or `data.test_fraction`"
+                    )
         name, config = next(iter(by_task.items()))
-        model, base, loaded = load_model(config, self.tasks[name].splits)
+        model, base, loaded = load_model(config, self.tasks[name])
         for label, config in by_label.items():
             with _naming(f"method `{label}`"):
                 make_plan(config, model, base, loaded.initialised)
@@ -96,7 +85,7 @@ class Bench:
         task = self.tasks[cell.task]
         of = (cell.task, cell.config.run.seed)
         if self._model[0] != of:
-            self._model = of, load_model(cell.config, task.splits)
+            self._model = of, load_model(cell.config, task)
         model, base, loaded = self._model[1]
         head = loaded.initialised
         plan = make_plan(cell.config, model, base, head)
@@ -107,7 +96,7 @@ class Bench:
             base,
             plan,
             head,
-            task.encoded,
+            self.texts[cell.task],
             task.metric,
             self._compiled[1] if self._compiled[0] == of else None,
         )
@@ -132,12 +121,12 @@ class Bench:
             ValueError: If the model's outputs are not finite.
         """
         began, compiling = time.monotonic(), _Compiling.seconds
-        prepared, task, watch = self.prepare(cell), self.tasks[cell.task], _Watch()
+        prepared, metric, watch = self.prepare(cell), self.tasks[cell.task].metric, _Watch()
         best, progress = prepared.trainer.train_in_memory(watch)
-        test, _ = prepared.trainer.evaluate(best, task.encoded["test"])
+        test = prepared.trainer.evaluate(best, "test").metrics
         return {
-            "metric": task.metric,
-            "validation": [round(result[task.metric], 6) for result in watch.validation],
+            "metric": metric,
+            "validation": [round(result[metric], 6) for result in watch.validation],
             "best_epoch": progress.best_epoch,
             "test": {name: round(value, 6) for name, value in test.items()},
             "adapters": prepared.adapters,
@@ -146,16 +135,8 @@ class Bench:
             "seconds": round(time.monotonic() - began, 1),
             "step_ms": round(1000 * median(watch.seconds), 1),
             "compile_seconds": round(_Compiling.seconds - compiling, 1),
-            "notes": [*task.splits.notes, *truncation_notes(cell.config, task.encoded)],
+            "notes": list(self.texts[cell.task].notes),
         }
-
-
-def _load_task(config: Config, directory: Path) -> Task:
-    splits = load_splits(config.data)
-    if splits.test is None:
-        raise ConfigError("there is no test split; set `data.test` or `data.test_fraction`")
-    metric = metrics.choose(config.run.metric, config.data.task, len(splits.label_names))
-    return Task(splits, encode(config, splits, directory), metric)
 
 
 def _leaf(tree: Any, path: tuple[str, ...]) -> jax.Array:
@@ -176,7 +157,7 @@ class _Watch:
         if split == "validation":
             self.validation.append(values)
 
-    def update(self, step: int, loss: float, tokens: int) -> None:
+    def update(self, step: int, loss: float, size: int) -> None:
         now = time.monotonic()
         self.seconds.append(now - self._updated)
         self._updated = now

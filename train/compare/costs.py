@@ -14,7 +14,8 @@ from rich.console import Console
 from circflax.costs import peak_memory
 from train.compare.bench import Bench
 from train.compare.grid import Cell, Grid
-from train.data import PlannedBatch, collate
+from train.tasks.batches import PlannedBatch
+from train.tasks.text import collate
 from train.timing import describe_machine, time_interleaved
 
 FILE_NAME = "costs.json"
@@ -138,7 +139,7 @@ def _prepare(bench: Bench, cell: Cell) -> tuple[dict[str, Any], Callable[[], Non
     """What can be known of a method without running it, and a function that makes a step."""
     prepared = bench.prepare(cell)
     case = _case(cell)
-    examples = bench.tasks[cell.task].encoded["train"]
+    examples = bench.texts[cell.task].encoded["train"]
     rows = np.arange(case["batch"]) % len(examples)
     batch = collate(examples, PlannedBatch(rows, case["length"]), case["batch"])
     state, rng = prepared.trainer.start()

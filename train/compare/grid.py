@@ -34,6 +34,12 @@ class TaskConfig:
     batch_size: int | None = None
     metric: str | None = None
 
+    def __post_init__(self) -> None:
+        if not self.data.given:
+            raise ConfigError(
+                "set exactly one of `data.task` (a task by name) and `data.train` (a file)"
+            )
+
 
 @dataclass(frozen=True)
 class MethodConfig(AdapterConfig):
@@ -96,6 +102,7 @@ class Cell:
         Left out are what is not set and where the data lie on this machine.
         """
         config = dataclasses.asdict(self.config)
+        del config["images"], config["language"]
         config["run"] = {"metric": self.config.run.metric}
         for section, name in _NOT_SETTINGS:
             del config[section][name]
@@ -253,7 +260,7 @@ class Grid:
             raise ConfigError(f"`{label}` on `{task}`: {error}") from None
         names = [item.name for item in dataclasses.fields(AdapterConfig)]
         adapter = AdapterConfig(**{name: getattr(method, name) for name in names})
-        return Cell(task, label, Config(self.model, data, adapter, optim, run))
+        return Cell(task, label, Config(self.model, data, adapter=adapter, optim=optim, run=run))
 
 
 def _check_rates(label: str, method: MethodConfig) -> None:

@@ -13,7 +13,9 @@ from transformers import PreTrainedTokenizerFast
 
 from train import glue
 from train.config import DataConfig
-from train.data import DataError, Encoded, Split, epoch_batches, load_splits, plan, tokenize
+from train.tasks.batches import plan
+from train.tasks.records import DataError
+from train.tasks.text import Encoded, Split, epoch_batches, load_splits, tokenize
 
 ROWS = "text\tlabel\n" + "".join(f"sentence {i}\t{'ab'[i % 2]}\n" for i in range(20))
 
@@ -78,7 +80,7 @@ class TestFiles:
     def test_regression(self, tmp_path):
         content = "text\tlabel\n" + "one\t1.5\ntwo\t3\n" * 5
         splits = _load(tmp_path, content, regression=True)
-        assert splits.regression and splits.label_names == ()
+        assert splits.label_names == ()
         assert splits.train.labels.dtype == np.float32
         assert set(splits.train.labels.tolist()) == {1.5, 3.0}
 
