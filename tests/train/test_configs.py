@@ -1,18 +1,77 @@
 """The configurations that ship with the application."""
 
+import dataclasses
 from pathlib import Path
 
+import jax
 import pytest
 
+import circflax as cf
 from circflax import make_method
 from circflax.methods import PRESETS
 from train import settings
 from train.compare.grid import Grid
-from train.parts import LAMDA_PP, TRAINED
+from train.config import Config
+from train.parts import LAMDA_PP, TRAINED, make_plan
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 COMPARISONS = sorted((CONFIGS / "compare").glob("*.yaml"))
 RUNS = sorted(set(CONFIGS.rglob("*.yaml")) - set(COMPARISONS))
+
+# The models' own configurations, as their repositories have them.
+ROBERTA = {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1}
+LARGE = {
+    "hidden_size": 1024,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "intermediate_size": 4096,
+}
+MODELS = {
+    "FacebookAI/roberta-base": ("RobertaConfig", ROBERTA, "sequence-classification"),
+    "FacebookAI/roberta-large": ("RobertaConfig", ROBERTA | LARGE, "sequence-classification"),
+    "google/vit-base-patch16-224-in21k": ("ViTConfig", {}, "image-classification"),
+    "meta-llama/Llama-2-7b-hf": ("LlamaConfig", {}, "causal-lm"),
+    "meta-llama/Meta-Llama-3-8B": (
+        "LlamaConfig",
+        {"vocab_size": 128256, "intermediate_size": 14336, "num_key_value_heads": 8},
+        "causal-lm",
+    ),
+}
+# Adapter parameters: C3A's and CDVFT's of RoBERTa and ViT, and BCA's of LLaMA on query and value,
+# are printed in the papers; the others follow from the papers' formulas.
+PARAMETERS = {
+    "c3a/roberta-base": 24 * 768 * 6,
+    "c3a/roberta-large": 48 * 1024 * 8,
+    "c3a/vit-base": 24 * 768 * 12,
+    "cdvft/roberta-base": 55_296,
+    "cdvft/roberta-large": 48 * 3 * 1024,
+    "cdvft/vit-base": 55_296,
+    "bca/roberta-base": 24 * 768,
+    "bca/roberta-large": 48 * 1024,
+    "bca/vit-base": 24 * 768,
+    "c3a/llama2-7b/alpaca": 64 * 4096 * 4096 // 128,
+    "cdvft/llama2-7b/alpaca": 64 * 3 * 4096,
+    "bca/llama2-7b/alpaca": 1_048_576,
+    "cdvft/llama3-8b/alpaca": 32 * (3 * 4096 + 2 * 4096 + 1024),
+    "c3a/llama2-7b/gsm8k": 32 * (3 * 4096 * 4096 // 128 + 2 * 4096 * 11008 // 256),
+    "cdvft/llama2-7b/gsm8k": 32 * (4 * (2 * 4096 + 4096 * 4) + 3 * (4096 + 11008 + 4 * 11264)),
+    "bca/llama2-7b/gsm8k": 32 * (4 * 4096 * 4 + 3 * 4 * 11264),
+}
+
+
+def _load(name: str) -> Config:
+    """A preset's configuration, from its file."""
+    method, model, task = name.replace("-", "_").split("/")
+    folder = {"roberta_base": "glue", "roberta_large": "glue", "vit_base": "images"}
+    path = CONFIGS / folder.get(model, "language") / f"{model}_{task}_{method}.yaml"
+    return settings.load(["--config", str(path)])
+
+
+def _outline(model: str, **changes: int) -> cf.interop.Outline:
+    import transformers
+
+    kind, fields, head = MODELS[model]
+    return cf.interop.outline_model(getattr(transformers, kind)(**fields | changes), head)
 
 
 @pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.stem)
@@ -25,24 +84,63 @@ def test_a_comparison_loads_and_names_methods(path: Path) -> None:
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
 def test_it_loads_and_names_a_method(path: Path) -> None:
-    loaded = settings.load(["--config", str(path)])
-    assert make_method(loaded.adapter.method, loaded.adapter.hyperparameters)
+    adapter = settings.load(["--config", str(path)]).adapter
+    if adapter.method not in ("full", LAMDA_PP, *TRAINED):
+        assert make_method(adapter.method, adapter.hyperparameters)
+
+
+def test_every_preset_has_a_config_and_every_such_config_a_preset() -> None:
+    folders = ("glue", "images", "language")
+    files = [path for folder in folders for path in (CONFIGS / folder).glob("*.yaml")]
+    own = {settings.load(["--config", str(path)]).run.output for path in files}
+    assert {_load(name).run.output for name in PRESETS} <= own
+    assert {path.read_text().startswith("# ") for path in files} == {True}
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_presets_config_is_the_preset(name: str) -> None:
-    preset = PRESETS[name]
-    path = CONFIGS / "glue" / f"{name.replace('/', '_').replace('-', '_')}.yaml"
-    loaded = settings.load(["--config", str(path)])
-    assert (loaded.model.name, loaded.data.task) == (preset.model, preset.task)
-    method = make_method(loaded.adapter.method, loaded.adapter.hyperparameters)
-    assert method == preset.method
-    optim = loaded.optim
-    assert (optim.learning_rate, optim.head_learning_rate, optim.epochs, optim.batch_size) == (
-        preset.learning_rate,
-        preset.head_learning_rate,
-        preset.epochs,
-        preset.batch_size,
+    preset, config = PRESETS[name], _load(name)
+    data = {preset.task} & {config.data.task, config.language.format}
+    assert config.model.name == preset.model
+    assert data or preset.task in config.images.dataset
+    adapter, optim = config.adapter, config.optim
+    assert make_method(adapter.method, adapter.hyperparameters) == preset.method
+    assert adapter.targets == preset.targets
+    overrides = {each.pattern: each.hyperparameters for each in adapter.overrides}
+    assert overrides == preset.overrides
+    names = ("learning_rate", "epochs", "batch_size", "schedule", "warmup")
+    assert {n: getattr(optim, n) for n in names} == {n: getattr(preset, n) for n in names}
+    assert preset.head_learning_rate in (None, optim.head_learning_rate)
+    assert optim.weight_decay == 0.0
+    if preset.max_length is not None:
+        assert config.examples.max_length == preset.max_length
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_presets_count_their_parameters_as_in_the_papers(name: str) -> None:
+    (preset,) = (p for key, p in PRESETS.items() if key.startswith(name) and _first(key, name))
+    outline = _outline(preset.model)
+    config = cf.AdapterConfig(
+        method=preset.method, targets=preset.targets, overrides=dict(preset.overrides)
     )
-    assert (optim.schedule, optim.warmup, optim.weight_decay) == ("linear", 0.06, 0.0)
-    assert loaded.data.max_length == 512
+    plan = cf.make_plan(outline.params, config)
+    assert cf.costs.count(outline.params, plan).adapter_parameters == PARAMETERS[name]
+
+
+def _first(key: str, name: str) -> bool:
+    return key == next(other for other in PRESETS if other.startswith(name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", [name for name in PARAMETERS if name.startswith("cdvft") or "gsm8k" in name]
+)
+def test_presets_build_and_compile(name: str) -> None:
+    """The whole step of one layer at the model's own widths, in the config's own types."""
+    config = _load(next(key for key in PRESETS if key.startswith(name)))
+    one = dataclasses.replace(config, adapter=dataclasses.replace(config.adapter, layers=(0,)))
+    outline = _outline(config.model.name, num_hidden_layers=1)
+    plan = make_plan(one, outline.model, outline.params, outline.new_leaves)
+    costs = cf.costs.estimate(outline.run, outline.params, outline.inputs(1, 16), plan)
+    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(outline.params))
+    assert costs.step.peak_memory > held
