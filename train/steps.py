@@ -1,6 +1,5 @@
 """The compiled functions of a run: an update, a batch of predictions, and generation."""
 
-import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -52,19 +51,17 @@ def make_forward(
     Returns:
         The function; with an rng, dropout is on.
     """
-    adapted = cf.linen.attach(model, plan)
+    run = cf.linen.keep_apart(cf.linen.attach(model, plan))
     if rematerialize:
-        adapted = cf.linen.rematerialize(adapted)
+        run = cf.linen.rematerialize(run)
     accepted = inspect.signature(type(model).__call__).parameters
 
     def forward(small: Any, base: Any, batch: Batch, rng: jax.Array | None = None) -> jax.Array:
         given = inputs(batch)
         known = {name: array for name, array in given.items() if name in accepted}
         dropout = {} if rng is None else {"train": True, "dropout_rng": rng}
-        run = adapted
-        if "segment_ids" in given:
-            run = functools.partial(cf.linen.keep_apart(run), segment_ids=given["segment_ids"])
-        outputs = run(**known, params=cf.combine(base, small), **dropout)
+        params, segment_ids = cf.combine(base, small), given.get("segment_ids")
+        outputs = run(**known, params=params, segment_ids=segment_ids, **dropout)
         return outputs.logits.astype(jnp.float32)
 
     return forward
