@@ -1,4 +1,4 @@
-"""`circflax inspect`, `merge` and `export`: what to do with an adapter once it is trained."""
+"""`circflax`: look at adapters, merge and export them; make models to begin with."""
 
 import argparse
 import os
@@ -70,6 +70,25 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--float64", action="store_true", help="merge in float64 instead of float32"
         )
+
+    convert = commands.add_parser(
+        "convert", help="make a Hugging Face checkpoint of a model of llama2.c"
+    )
+    convert.add_argument("model", help="the model's .bin file, in the legacy layout")
+    convert.add_argument("output", help="directory to write; it must not exist yet")
+    convert.add_argument("--tokenizer", required=True, help="its tokenizer's .bin file")
+    convert.set_defaults(command=_convert)
+
+    new = commands.add_parser("new", help="make a model with random weights from a configuration")
+    new.add_argument(
+        "config",
+        help="a model's configuration, or its directory; files of a tokenizer or image processor"
+        " beside a config.json are copied along",
+    )
+    new.add_argument("output", help="directory to write; it must not exist yet")
+    new.add_argument("--head", required=True, help="the kind of head, such as image-classification")
+    new.add_argument("--seed", type=int, default=0, help="decides the weights (default 0)")
+    new.set_defaults(command=_new)
     return parser
 
 
@@ -170,6 +189,31 @@ def _export(arguments: argparse.Namespace) -> None:
         max_shard_size=arguments.max_shard_size,
     )
     print(f"merged model: {arguments.output}")
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    import circflax as cf
+
+    cf.interop.convert_llama2c(arguments.model, arguments.tokenizer, arguments.output)
+    print(f"converted model: {arguments.output}")
+
+
+def _new(arguments: argparse.Namespace) -> None:
+    import jax
+
+    import circflax as cf
+
+    config = Path(arguments.config)
+    if not config.exists():
+        raise ValueError(f"`{config}` is neither a model's configuration nor a directory with one.")
+    outline = cf.interop.outline_model(config, arguments.head)
+    params = outline.init(arguments.seed)
+    # A file of another name need not lie among a model's own.
+    directory = config if config.is_dir() else config.parent
+    companions = directory if config.is_dir() or config.name == "config.json" else None
+    cf.interop.save_model(arguments.output, outline.model, params, companions=companions)
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    print(f"new {type(outline.model).__name__} of {count:,} parameters: {arguments.output}")
 
 
 def _dtype(arguments: argparse.Namespace) -> jnp.dtype:

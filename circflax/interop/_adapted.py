@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from circflax.interop._checkpoint import load_model, open_checkpoint
+from circflax.interop._checkpoint import Checkpoint, open_checkpoint
 from circflax.interop._export import export_merged
-from circflax.interop._names import leaf_shapes
+from circflax.interop._names import head_leaves, leaf_shapes
 from circflax.interop._tensors import CheckpointError, LeafPath
 from circflax.methods import Params
 from circflax.tree import AdapterFile, Target, load_adapters, merge_bias, merge_kernel
@@ -64,16 +64,15 @@ def load_adapted(
         Model, parameters and adapters.
 
     Raises:
-        CheckpointError: if the base cannot be read.
+        CheckpointError: if the base cannot be read, or lacks a head that the adapters do not
+            train.
         ValueError: if the adapters cannot be read or were trained on another base.
         FileNotFoundError: if files of the adapter are missing.
     """
-    file, source, model_class, config = _read(directory, base)
-    model, params, _ = load_model(
-        source, model_class, config=config, dtype=dtype, param_dtype=param_dtype
-    )
+    file, checkpoint = _open(directory, base, dtype)
+    params = checkpoint.load(param_dtype)
     file.check_base(params)
-    return Adapted(model, params, file)
+    return Adapted(checkpoint.model, params, file)
 
 
 def export_adapted(
@@ -102,8 +101,7 @@ def export_adapted(
         ValueError: if the adapters cannot be read or were trained on another base.
         FileNotFoundError: if files of the adapter are missing.
     """
-    file, source, model_class, config = _read(directory, base)
-    checkpoint = open_checkpoint(source, model_class, config=config)
+    file, checkpoint = _open(directory, base, jnp.float32)
     file.check_kernels(leaf_shapes(checkpoint.model), checkpoint.read)
     changes: dict[LeafPath, _Change] = {}
     added: dict[LeafPath, np.ndarray] = {}
@@ -129,10 +127,10 @@ def export_adapted(
     )
 
 
-def _read(
-    directory: str | os.PathLike[str], base: str | os.PathLike[str] | None
-) -> "tuple[AdapterFile, str | os.PathLike[str], type[FlaxPreTrainedModel], dict[str, Any]]":
-    """The adapters, the base's source, and what makes the adapted model from it."""
+def _open(
+    directory: str | os.PathLike[str], base: str | os.PathLike[str] | None, dtype: DTypeLike
+) -> tuple[AdapterFile, Checkpoint]:
+    """The adapters, and the base's checkpoint beside the adapted model."""
     import transformers
 
     directory = Path(directory)
@@ -155,7 +153,16 @@ def _read(
     model_class = getattr(transformers, f"Flax{architecture}", None)
     if model_class is None:
         raise CheckpointError(f"`transformers` has no Flax class for `{architecture}`.")
-    return file, source, model_class, head
+    # A head that was trained with another number of labels than the base's takes its place.
+    checkpoint = open_checkpoint(source, model_class, config=head, dtype=dtype, new_head=None)
+    trained = set(file.plan.trained)
+    for path in head_leaves(checkpoint.model):
+        if path not in checkpoint.names and path not in trained:
+            raise CheckpointError(
+                f"The adapters do not train `{'/'.join(path)}`, which the base in"
+                f" `{checkpoint.directory}` does not hold for a model of their size."
+            )
+    return file, checkpoint
 
 
 def _merged(

@@ -3,7 +3,7 @@
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 
 from circflax.interop._names import (
     Placement,
-    in_head,
+    head_leaves,
     leaf_shapes,
     name_leaves,
     place_tensors,
@@ -79,6 +79,7 @@ def load_model(
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike | None = jnp.float32,
     seed: int = 0,
+    new_head: bool = False,
 ) -> tuple["FlaxPreTrainedModel", dict[str, Any], LoadReport]:
     """Reads a Hugging Face checkpoint into a Flax model of `transformers`.
 
@@ -101,6 +102,8 @@ def load_model(
         dtype: The dtype the model computes in.
         param_dtype: The dtype of the floating-point parameters; `None` keeps each as stored.
         seed: The seed for leaves that the checkpoint lacks, such as a new head.
+        new_head: Whether to leave the checkpoint's own head unread, whatever its size, and make a
+            new one. Train all of it: of a head, an adapter's file holds what was trained.
 
     Returns:
         The model, made with `_do_init=False`; its parameters as nested dictionaries; and a report
@@ -110,21 +113,17 @@ def load_model(
         CheckpointError: If the checkpoint cannot be read or does not fit the model.
     """
     checkpoint = open_checkpoint(
-        source, head, revision=revision, config=config, dtype=dtype, seed=seed
+        source,
+        head,
+        revision=revision,
+        config=config,
+        dtype=dtype,
+        seed=seed,
+        new_head=new_head,
     )
-    model, missing = checkpoint.model, checkpoint.missing
-
-    def cast(leaf: np.ndarray | jax.Array) -> jax.Array:
-        keep = param_dtype is None or not jnp.issubdtype(leaf.dtype, jnp.floating)
-        return jnp.asarray(leaf, leaf.dtype if keep else param_dtype)
-
-    leaves = {path: cast(checkpoint.read(path)) for path in checkpoint.names}
-    leaves |= {path: cast(leaf) for path, leaf in _initialise(model, missing).items()}
-    untrained = ["/".join(path) for path in missing if not in_head(path, model)]
-    if untrained:
-        _LOGGER.warning("`%s` lacks, and random values replace: %s.", source, ", ".join(untrained))
     unused = tuple(sorted(set(checkpoint.tensors) - set(checkpoint.placements)))
-    return model, unflatten_dict(leaves), LoadReport(checkpoint.directory, missing, unused)
+    report = LoadReport(checkpoint.directory, checkpoint.missing, unused)
+    return checkpoint.model, checkpoint.load(param_dtype), report
 
 
 @dataclass(frozen=True)
@@ -158,6 +157,24 @@ class Checkpoint:
         name = self.names[path]
         return self.placements[name].to_flax(self.tensors[name].read())
 
+    def load(self, param_dtype: DTypeLike | None) -> dict[str, Any]:
+        """Reads all leaves, and makes those that the checkpoint lacks; see `load_model`."""
+
+        def cast(leaf: np.ndarray | jax.Array) -> jax.Array:
+            keep = param_dtype is None or not jnp.issubdtype(leaf.dtype, jnp.floating)
+            return jnp.asarray(leaf, leaf.dtype if keep else param_dtype)
+
+        leaves = {path: cast(self.read(path)) for path in self.names}
+        made = initialise(self.model, self.missing, self.model.key)
+        leaves |= {path: cast(leaf) for path, leaf in made.items()}
+        head = head_leaves(self.model)
+        untrained = ["/".join(path) for path in self.missing if path not in head]
+        if untrained:
+            _LOGGER.warning(
+                "`%s` lacks, and random values replace: %s.", self.directory, ", ".join(untrained)
+            )
+        return unflatten_dict(leaves)
+
 
 def open_checkpoint(
     source: str | os.PathLike[str],
@@ -167,15 +184,22 @@ def open_checkpoint(
     config: Mapping[str, Any] | None = None,
     dtype: DTypeLike = jnp.float32,
     seed: int = 0,
+    new_head: bool | None = False,
 ) -> Checkpoint:
-    """Finds a checkpoint and makes its model, without reading weights; see `load_model`."""
+    """Finds a checkpoint and makes its model, without reading weights.
+
+    The arguments are those of `load_model`, and `new_head` may be None: then the head is made anew
+    if the checkpoint's own does not fit.
+    """
     directory = find_checkpoint(source, revision)
     tensors = read_tensors(directory)
     configuration = read_config(directory / "config.json", config or {})
     model = find_model_class(configuration, head)(
         configuration, seed=seed, dtype=dtype, _do_init=False
     )
-    return Checkpoint(directory, model, tensors, match_tensors(tensors, model))
+    if new_head and not head_leaves(model):
+        raise CheckpointError(f"`{type(model).__name__}` has no head that could be made anew.")
+    return Checkpoint(directory, model, tensors, match_tensors(tensors, model, new_head=new_head))
 
 
 def find_checkpoint(source: str | os.PathLike[str], revision: str | None = None) -> Path:
@@ -254,13 +278,14 @@ def read_tensors(directory: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def match_tensors(
-    tensors: Mapping[str, Tensor], model: "FlaxPreTrainedModel"
+    tensors: Mapping[str, Tensor], model: "FlaxPreTrainedModel", *, new_head: bool | None = False
 ) -> dict[str, Placement]:
     """Finds the Flax leaf of each tensor and checks that the shapes agree.
 
     Args:
         tensors: A checkpoint's tensors by PyTorch name.
         model: The Flax model.
+        new_head: Whether to leave out the tensors of the head; None does so if they do not fit.
 
     Returns:
         The placements of the tensors that are parameters of the model.
@@ -269,20 +294,25 @@ def match_tensors(
         CheckpointError: If a tensor's shape is not its leaf's.
     """
     placements = place_tensors({name: len(each.shape) for name, each in tensors.items()}, model)
-    shapes = leaf_shapes(model)
+    shapes, head_paths = leaf_shapes(model), head_leaves(model)
+    head = {name for name, placement in placements.items() if placement.path in head_paths}
+    misfits = {}
     for name, placement in placements.items():
         stored = tuple(tensors[name].shape[axis] for axis in placement.axes)
-        needed = shapes[placement.path].shape
-        if stored != needed:
-            labels = (
-                f" with `num_labels={model.config.num_labels}`"
-                if in_head(placement.path, model)
-                else ""
-            )
-            raise CheckpointError(
-                f"`{name}` has the shape {stored} (in Flax's layout) in the checkpoint, but "
-                f"`{type(model).__name__}`{labels} needs {needed}."
-            )
+        if stored != (needed := shapes[placement.path].shape):
+            misfits[name] = stored, needed
+    if new_head or (new_head is None and head & misfits.keys()):
+        placements = {name: each for name, each in placements.items() if name not in head}
+    for name in filter(misfits.__contains__, placements):
+        stored, needed = misfits[name]
+        labels, hint = "", ""
+        if name in head:
+            labels = f" with `num_labels={model.config.num_labels}`"
+            hint = "; `new_head=True` leaves this head unread and makes a new one"
+        raise CheckpointError(
+            f"`{name}` has the shape {stored} (in Flax's layout) in the checkpoint, but "
+            f"`{type(model).__name__}`{labels} needs {needed}{hint}."
+        )
     return placements
 
 
@@ -348,9 +378,10 @@ def find_model_class(
     )
 
 
-def _initialise(
-    model: "FlaxPreTrainedModel", paths: tuple[LeafPath, ...]
+def initialise(
+    model: "FlaxPreTrainedModel", paths: Sequence[LeafPath], key: jax.Array
 ) -> dict[LeafPath, jax.Array]:
+    """Makes random leaves, as the model's own initialisers do."""
     if not paths:
         return {}
 
@@ -360,7 +391,7 @@ def _initialise(
         leaves = flatten_dict(model.init_weights(key, model.input_shape))
         return [leaves[path] for path in paths]
 
-    return dict(zip(paths, init(model.key), strict=True))
+    return dict(zip(paths, init(key), strict=True))
 
 
 def _first_line(error: Exception) -> str:

@@ -1,12 +1,8 @@
 """Writing merged models as Hugging Face directories that any tool loads."""
 
-import copy
-import json
 import os
-import shutil
-import tempfile
-from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,26 +12,18 @@ from circflax.interop._checkpoint import match_tensors, read_tensors
 from circflax.interop._names import (
     Placement,
     has_prefix,
-    in_head,
+    head_leaves,
     is_headless,
     leaf_shapes,
     name_leaves,
     nests_base,
+    place_tensors,
 )
-from circflax.interop._tensors import (
-    SAFETENSORS,
-    CheckpointError,
-    LeafPath,
-    Tensor,
-    write_safetensors,
-)
+from circflax.interop._tensors import CheckpointError, LeafPath, Tensor
+from circflax.interop._write import check_finite, copy_companions, write_directory
 
 if TYPE_CHECKING:
     from transformers import FlaxPreTrainedModel
-
-_COPIED_SUFFIXES = (".json", ".txt", ".model", ".jinja")
-_NOT_COPIED = ("config.json", "adapter_config.json")
-_CONFIG_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def export_merged(
@@ -66,7 +54,8 @@ def export_merged(
         model: The Flax model; its configuration and its class are written.
         changes: For each leaf to change, a function from the base's array to the merged one, both
             in Flax's layout and of the same shape and dtype.
-        added: The leaves of the model that the base lacks, such as a new head.
+        added: The leaves of the model that the base lacks, such as a new head. A whole head takes
+            the place of the base's own, whatever its size.
         max_shard_size: The largest size of a weights file, as a number of bytes or as `"5GB"`; more
             than that is written in shards with an index.
 
@@ -75,33 +64,14 @@ def export_merged(
             the base cannot be read, or `output` is not empty.
         ValueError: If `max_shard_size` is no size.
     """
-    from huggingface_hub import split_state_dict_into_shards_factory
-
-    base, output = Path(base), Path(output).resolve()
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise CheckpointError(f"`{output}` exists and is not an empty directory.")
-    tensors = _merged_tensors(read_tensors(base), model, changes, added or {})
-    shards = split_state_dict_into_shards_factory(
-        tensors,
-        get_storage_size=lambda tensor: tensor.nbytes,
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=max_shard_size,
+    write_directory(
+        output,
+        model.config,
+        type(model).__name__.removeprefix("Flax"),
+        _merged_tensors(read_tensors(base), model, changes, added or {}),
+        partial(copy_companions, Path(base)),
+        max_shard_size,
     )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    # A sibling lies on the same file system, so that the last step is a plain rename.
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as scratch:
-        staged = Path(scratch) / output.name
-        staged.mkdir()
-        _copy_companions(base, staged)
-        _write_config(staged, model, tensors)
-        for file, names in shards.filename_to_tensors.items():
-            write_safetensors(staged / file, {name: tensors[name] for name in names})
-        if shards.is_sharded:
-            index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
-            (staged / f"{SAFETENSORS}.index.json").write_text(json.dumps(index, indent=2) + "\n")
-        if output.exists():
-            output.rmdir()
-        staged.rename(output)
 
 
 def _merged_tensors(
@@ -110,6 +80,9 @@ def _merged_tensors(
     changes: Mapping[LeafPath, Callable[[np.ndarray], np.ndarray]],
     added: Mapping[LeafPath, np.ndarray],
 ) -> dict[str, Tensor]:
+    head = head_leaves(model)
+    if head and added.keys() >= set(head):
+        tensors = _without_head(tensors, model)
     placements = match_tensors(tensors, model)
     held = {placement.path for placement in placements.values()}
     _check_paths(held, model, changes, added)
@@ -121,16 +94,23 @@ def _merged_tensors(
         if placement is not None and placement.path in changes:
             tensor = tensor.map(_checked(changes[placement.path], placement))
         # PyTorch takes a file for a base model's or a head model's by the prefix of all its names.
-        nested = headless and (placement is None or not in_head(placement.path, model))
+        nested = headless and (placement is None or placement.path not in head)
         merged[f"{prefix}.{name}" if nested else name] = tensor
     ranks = {path: len(leaf.shape) for path, leaf in leaf_shapes(model).items()}
     extracted = not nests_base(model) and has_prefix(tensors, prefix)
     for name, placement in name_leaves(ranks).items():
         if placement.path in added:
             leaf = np.asarray(added[placement.path])
-            _check_finite(leaf, placement.path)
+            check_finite(leaf, placement.path)
             merged[f"{prefix}.{name}" if extracted else name] = Tensor.of(placement.to_torch(leaf))
     return merged
+
+
+def _without_head(tensors: Mapping[str, Tensor], model: "FlaxPreTrainedModel") -> dict[str, Tensor]:
+    placements = place_tensors({name: len(each.shape) for name, each in tensors.items()}, model)
+    head = head_leaves(model)
+    old = {name for name, placement in placements.items() if placement.path in head}
+    return {name: tensor for name, tensor in tensors.items() if name not in old}
 
 
 def _check_paths(
@@ -171,34 +151,7 @@ def _checked(
                 f"The change of `{'/'.join(placement.path)}` made {leaf.dtype}{leaf.shape} into "
                 f"{result.dtype}{result.shape}; both must stay the same."
             )
-        _check_finite(result, placement.path)
+        check_finite(result, placement.path)
         return placement.to_torch(result)
 
     return apply
-
-
-def _check_finite(leaf: np.ndarray, path: LeafPath) -> None:
-    if not np.isfinite(leaf).all():
-        raise CheckpointError(f"The merged `{'/'.join(path)}` holds values that are not finite.")
-
-
-def _copy_companions(source: Path, target: Path) -> None:
-    for file in source.iterdir():
-        is_index = file.name.endswith(".index.json")
-        if file.suffix in _COPIED_SUFFIXES and file.name not in _NOT_COPIED and not is_index:
-            shutil.copyfile(file, target / file.name)
-
-
-def _write_config(
-    directory: Path, model: "FlaxPreTrainedModel", tensors: Mapping[str, Tensor]
-) -> None:
-    config = copy.deepcopy(model.config)
-    config.architectures = [type(model).__name__.removeprefix("Flax")]
-    # The class written is the library's own: code that the base brought along is not carried on.
-    vars(config).pop("auto_map", None)
-    sizes: Counter[str] = Counter()
-    for tensor in tensors.values():
-        if tensor.dtype in _CONFIG_DTYPES:
-            sizes[_CONFIG_DTYPES[tensor.dtype]] += tensor.nbytes
-    config.dtype = max(sizes, key=sizes.__getitem__, default=None)
-    config.to_json_file(directory / "config.json")

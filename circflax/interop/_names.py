@@ -65,10 +65,12 @@ def nests_base(model: "FlaxPreTrainedModel") -> bool:
     return any(path[0] == model.base_model_prefix for path in leaves)
 
 
-def in_head(path: LeafPath, model: "FlaxPreTrainedModel") -> bool:
-    """Tells whether a leaf lies beside the base model that its model nests."""
-    # The path's first component may be one of Flax's collections.
-    return nests_base(model) and model.base_model_prefix not in path[:2]
+def head_leaves(model: "FlaxPreTrainedModel") -> tuple[LeafPath, ...]:
+    """Returns the paths of the leaves beside the base model that a model nests."""
+    if not nests_base(model):
+        return ()
+    # A path's first component may be one of Flax's collections.
+    return tuple(path for path in leaf_shapes(model) if model.base_model_prefix not in path[:2])
 
 
 def is_headless(names: Iterable[str], model: "FlaxPreTrainedModel") -> bool:

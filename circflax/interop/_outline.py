@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 from flax.core import unfreeze
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 
-from circflax.interop._checkpoint import find_model_class, read_config
-from circflax.interop._names import in_head, leaf_shapes
+from circflax.interop._checkpoint import find_model_class, initialise, read_config
+from circflax.interop._names import head_leaves
 from circflax.interop._tensors import CheckpointError
 from circflax.linen import find_layouts
 from circflax.tree import Layouts, Path
@@ -38,7 +39,22 @@ class Outline:
         """Paths of what fine-tuning makes anew and trains in full: a head that classifies."""
         if not type(self.model).__name__.endswith("Classification"):
             return ()
-        return tuple(path for path in leaf_shapes(self.model) if in_head(path, self.model))
+        return head_leaves(self.model)
+
+    def init(self, seed: int = 0) -> dict[str, Any]:
+        """Random parameters, as the model's own initialisers make them.
+
+        Args:
+            seed: decides them.
+
+        Returns:
+            Arrays of the shapes and dtypes of `params`.
+        """
+        shapes = flatten_dict(self.params)
+        leaves = initialise(self.model, tuple(shapes), jax.random.PRNGKey(seed))
+        return unflatten_dict(
+            {path: leaf.astype(shapes[path].dtype) for path, leaf in leaves.items()}
+        )
 
     def layouts(self) -> Layouts:
         """How the model's kernels are read as matrices; see `circflax.linen.find_layouts`."""

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -49,14 +50,19 @@ def adapted(base: Path, entry: Architecture, directory: Path, method: cf.Method,
     adapters = jax.tree.map(
         lambda a: a + 0.05 * rng.standard_normal(a.shape).astype(a.dtype), adapters
     )
-    cf.save_adapters(directory, adapters, plan, params, base=str(base))
-    model.config.architectures = [entry.torch_class]
-    model.config.save_pretrained(directory)
+    save(directory, model, params, plan, adapters, base, entry)
     run = cf.linen.attach(model, plan)
     logits = oracle.flax_logits(run, cf.combine(params, adapters), entry)
     return SimpleNamespace(
         model=model, params=params, plan=plan, adapters=adapters, logits=logits, report=report
     )
+
+
+def save(directory: Path, model, params, plan, adapters, base: Path, entry: Architecture) -> None:
+    """Saves adapters as a run does."""
+    cf.save_adapters(directory, adapters, plan, params, base=str(base))
+    model.config.architectures = [entry.torch_class]
+    model.config.save_pretrained(directory)
 
 
 @pytest.mark.parametrize(("entry", "name"), PAIRS)
@@ -116,14 +122,78 @@ def test_a_new_head_is_exported_with_its_classes(checkpoint, tmp_path) -> None:
     train = tuple("/".join(path) for path in report.initialised)
     plan = cf.make_plan(params, cf.AdapterConfig(method=cf.C3A(), targets=("query",), train=train))
     adapters = cf.init_adapters(jax.random.key(0), plan, params)
-    cf.save_adapters(tmp_path / "adapter", adapters, plan, params, base=str(base))
-    model.config.architectures = ["BertForSequenceClassification"]
-    model.config.save_pretrained(tmp_path / "adapter")
+    save(tmp_path / "adapter", model, params, plan, adapters, base, entry)
     cf.interop.export_adapted(tmp_path / "adapter", tmp_path / "merged")
     merged = oracle.reload(entry, tmp_path / "merged")
     assert merged.config.id2label == names
     expected = oracle.flax_logits(model, params, entry)
     oracle.assert_close(oracle.torch_logits(merged, entry), expected)
+
+
+@pytest.fixture(params=["bert", "vit"])
+def other_head(request, checkpoint, tmp_path):
+    """Adapters with a head of other classes than the base's own."""
+    entry = architecture(request.param)
+    names = {i: f"class {i}" for i in range(5)}
+    config = {"num_labels": 5, "id2label": names, "label2id": {n: i for i, n in names.items()}}
+    base = checkpoint(entry.id)
+    model, params, report = cf.interop.load_model(base, entry.head, config=config, new_head=True)
+    train = tuple("/".join(path) for path in report.initialised)
+    layouts = cf.linen.find_layouts(lambda p: model(**entry.inputs(), params=p), params)
+    chosen = cf.AdapterConfig(method=cf.C3A(b=4), targets=("query",), train=train)
+    plan = cf.make_plan(params, chosen, layouts)
+    adapters = cf.init_adapters(jax.random.key(0), plan, params)
+    rng = np.random.default_rng(0)
+    # As after training: neither the adapters nor the head are what they began as.
+    adapters = jax.tree.map(
+        lambda a: a + 0.05 * rng.standard_normal(a.shape).astype(a.dtype), adapters
+    )
+    save(tmp_path / "adapter", model, params, plan, adapters, base, entry)
+    run = cf.linen.attach(model, plan)
+    logits = oracle.flax_logits(run, cf.combine(params, adapters), entry)
+    return SimpleNamespace(
+        entry=entry, base=base, names=names, model=model, params=params, logits=logits
+    )
+
+
+def test_a_head_of_other_classes_is_exported(other_head, tmp_path) -> None:
+    entry = other_head.entry
+    cf.interop.export_adapted(tmp_path / "adapter", tmp_path / "merged")
+    merged = oracle.reload(entry, tmp_path / "merged")
+    assert merged.config.id2label == other_head.names
+    oracle.assert_close(oracle.torch_logits(merged, entry), other_head.logits)
+    before, after = read_tensors(other_head.base), read_tensors(tmp_path / "merged")
+    assert set(before) == set(after)
+    model, params, report = cf.interop.load_model(tmp_path / "merged", entry.head)
+    assert report.initialised == report.unused == () and model.config.num_labels == 5
+    oracle.assert_close(oracle.flax_logits(model, params, entry), other_head.logits)
+
+
+def test_a_head_of_other_classes_is_merged(other_head, tmp_path) -> None:
+    loaded = cf.interop.load_adapted(tmp_path / "adapter")
+    merged = cf.merge(loaded.params, loaded.file.adapters, loaded.file.plan)
+    logits = oracle.flax_logits(loaded.model, merged, other_head.entry)
+    oracle.assert_close(logits, other_head.logits)
+
+
+def test_a_new_head_that_was_not_trained_is_refused(other_head, tmp_path, capsys) -> None:
+    file = cf.load_adapters(tmp_path / "adapter")
+    plan = replace(file.plan, trained=(("classifier", "bias"),))
+    adapters = {**file.adapters, "classifier": {"bias": file.adapters["classifier"]["bias"]}}
+    save(
+        tmp_path / "adapter",
+        other_head.model,
+        other_head.params,
+        plan,
+        adapters,
+        other_head.base,
+        other_head.entry,
+    )
+    for command in ("export", "merge"):
+        assert main([command, str(tmp_path / "adapter"), str(tmp_path / "merged")]) == 2
+        error = capsys.readouterr().err
+        assert "do not train `classifier/kernel`, which the base in" in error
+    assert not (tmp_path / "merged").exists()
 
 
 def test_inspect_fits_a_terminal(bert, tmp_path, capsys) -> None:

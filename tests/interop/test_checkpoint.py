@@ -8,9 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
-from circflax.interop import CheckpointError, find_checkpoint, load_model
+from circflax.interop import (
+    CheckpointError,
+    find_checkpoint,
+    load_model,
+    outline_model,
+    save_model,
+)
 from circflax.interop._tensors import MSGPACK, SAFETENSORS
 
 HEAD = "sequence-classification"
@@ -86,9 +93,68 @@ def test_no_weights(bert: Path) -> None:
 
 def test_other_number_of_labels(bert: Path) -> None:
     with pytest.raises(
-        CheckpointError, match=r"`classifier\..*shape \(.*3,?\).*`num_labels=5` needs \(.*5,?\)"
+        CheckpointError,
+        match=r"`classifier\..*shape \(.*3,?\).*`num_labels=5` needs \(.*5,?\); `new_head=True`",
     ):
         load_model(bert, HEAD, config={"num_labels": 5})
+
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_labels": 3}
+IMAGES = SMALL | {"image_size": 8, "patch_size": 4}
+TEXTS = SMALL | {"vocab_size": 9, "intermediate_size": 16, "max_position_embeddings": 8}
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("Bert", TEXTS),
+        ("Roberta", TEXTS),
+        ("ViT", IMAGES | {"intermediate_size": 16}),
+        ("Beit", IMAGES | {"intermediate_size": 16}),
+        ("Dinov2", IMAGES),
+    ],
+)
+def test_new_head(tmp_path, caplog, kind: str, fields: dict) -> None:
+    import transformers
+
+    outline = outline_model(getattr(transformers, f"{kind}Config")(**fields))
+    params = outline.init(seed=1)
+    save_model(tmp_path / "base", outline.model, params)
+    head = type(outline.model)
+    with pytest.raises(CheckpointError, match=r"`new_head=True` leaves this head unread"):
+        load_model(tmp_path / "base", head, config={"num_labels": 5})
+    old = flatten_dict(params)
+    model, params, report = load_model(
+        tmp_path / "base", head, config={"num_labels": 5}, new_head=True
+    )
+    assert model.config.num_labels == 5
+    assert set(report.initialised) == set(outline.new_leaves)
+    assert len(report.unused) == len(outline.new_leaves)
+    assert {name.partition(".")[0] for name in report.unused} == {"classifier"}
+    for path, leaf in flatten_dict(params).items():
+        if path not in report.initialised:
+            np.testing.assert_array_equal(leaf, old[path])
+    assert 5 in {leaf.shape[-1] for leaf in flatten_dict(params["classifier"]).values()}
+    assert not caplog.records
+
+
+def test_new_head_of_the_same_size(bert: Path) -> None:
+    old, new = (load_model(bert, HEAD, new_head=new)[1] for new in (False, True))
+    assert np.abs(old["classifier"]["kernel"] - new["classifier"]["kernel"]).max() > 1e-3
+    assert not new["classifier"]["bias"].any()
+    np.testing.assert_array_equal(
+        old["bert"]["pooler"]["dense"]["kernel"], new["bert"]["pooler"]["dense"]["kernel"]
+    )
+
+
+def test_no_head_to_make_anew(bert: Path) -> None:
+    with pytest.raises(CheckpointError, match="`FlaxBertModel` has no head that could be made"):
+        load_model(bert, "base", new_head=True)
+
+
+def test_a_new_head_hides_no_other_misfit(bert: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"word_embeddings.weight` has the shape .*\)\.$"):
+        load_model(bert, HEAD, config={"vocab_size": 5}, new_head=True)
 
 
 def test_two_tensors_for_one_leaf(bert: Path) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from circflax.interop import CheckpointError, export_merged, load_model
-from circflax.interop import _export as export_module
+from circflax.interop import _write as write_module
 from tests.architectures import architecture
 
 QUERY = ("bert", "encoder", "layer", "0", "attention", "self", "query", "kernel")
@@ -61,7 +61,7 @@ def test_failures_leave_nothing(base, model, tmp_path, monkeypatch) -> None:
         raise OSError(28, "No space left on device")
 
     (tmp_path / "out").mkdir()
-    monkeypatch.setattr(export_module, "write_safetensors", no_space)
+    monkeypatch.setattr(write_module, "write_safetensors", no_space)
     with pytest.raises(OSError, match="No space left"):
         export_merged(base, tmp_path / "out", model, {})
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -92,7 +92,7 @@ def test_shard_sizes(base, model, tmp_path) -> None:
 def test_only_one_tensor_is_held(base, model, tmp_path, monkeypatch) -> None:
     """Data is asked for tensor by tensor, in the order it is written."""
     written: list[int] = []
-    write = export_module.write_safetensors
+    write = write_module.write_safetensors
 
     def watched(file, tensors) -> None:
         def count(tensor):
@@ -110,7 +110,7 @@ def test_only_one_tensor_is_held(base, model, tmp_path, monkeypatch) -> None:
             },
         )
 
-    monkeypatch.setattr(export_module, "write_safetensors", watched)
+    monkeypatch.setattr(write_module, "write_safetensors", watched)
     export_merged(base, tmp_path / "out", model, {QUERY: unchanged})
     assert written == sorted(written)
     assert len(set(written)) > 2

@@ -192,7 +192,8 @@ def test_tensors_of_other_kinds_are_kept(checkpoint, tmp_path) -> None:
     base = tmp_path / "base"
     base.mkdir()
     (base / "config.json").write_text((checkpoint("bert") / "config.json").read_text())
-    for name in ("vocab.txt", "tokenizer_config.json", "chat_template.jinja"):
+    kept = ("vocab.txt", "tokenizer_config.json", "preprocessor_config.json", "chat_template.jinja")
+    for name in kept:
         (base / name).write_text("{}")
     for name in ("pytorch_model.bin", "modeling_bert.py", "pytorch_model.bin.index.json"):
         (base / name).write_text("{}")
@@ -218,9 +219,7 @@ def test_tensors_of_other_kinds_are_kept(checkpoint, tmp_path) -> None:
     assert {file.name for file in (tmp_path / "out").iterdir()} == {
         "config.json",
         "model.safetensors",
-        "vocab.txt",
-        "tokenizer_config.json",
-        "chat_template.jinja",
+        *kept,
     }
 
 
