@@ -77,6 +77,7 @@ def load_model(
         config=task.head_config,
         dtype=jnp.dtype(config.model.compute_dtype),
         param_dtype=jnp.dtype(config.model.param_dtype),
+        new_head=config.model.new_head,
         seed=config.run.seed,
     )
 
