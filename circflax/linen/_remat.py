@@ -94,7 +94,7 @@ class _Recompute:
                 for leaf, is_traced in zip(leaves, traced, strict=True)
             ]
             args, kwargs = jax.tree.unflatten(tree, filled)
-            # Called as a module, so that interceptors see the copy.
+            # Called as a module, so that interceptors see the copy that linen makes for lifting.
             return copy(*args, **kwargs)
 
         self.met = self._inside = True

@@ -249,9 +249,19 @@ def test_any_linen_module_that_holds_its_mask() -> None:
         np.testing.assert_allclose(packed[place], Plain().apply({}, x[place]), atol=1e-6)
 
 
-def test_models_that_cannot_keep_examples_apart_are_refused() -> None:
-    entry = architecture("bert")
-    model = getattr(transformers, entry.flax_class)(entry.config(), _do_init=False)
+@pytest.mark.parametrize(
+    ("flax_class", "config"),
+    [
+        ("FlaxBertForSequenceClassification", architecture("bert").config),
+        # Causal, but one mask is made for all layers from the padding of each call.
+        (
+            "FlaxBloomForCausalLM",
+            lambda: transformers.BloomConfig(VOCABULARY, hidden_size=32, n_layer=2, n_head=4),
+        ),
+    ],
+)
+def test_models_that_cannot_keep_examples_apart_are_refused(flax_class: str, config) -> None:
+    model = getattr(transformers, flax_class)(config(), _do_init=False)
     params = randomly(model.params_shape_tree)
     with pytest.raises(ValueError, match="no attention that holds a causal mask"):
         keep_apart(model)(TOKENS, params=params, segment_ids=SEGMENTS)
