@@ -1,7 +1,19 @@
-"""Linen: find a model's layers, attach adapters to them, and circulant layers to build with."""
+"""Linen: find a model's layers, attach adapters to them, run it on packed rows or with less memory.
+
+Circulant layers to build with are here, too.
+"""
 
 from circflax.linen._attach import attach
 from circflax.linen._layers import BlockCirculant, CirculantDiagonal
 from circflax.linen._layouts import find_layouts
+from circflax.linen._remat import rematerialize
+from circflax.linen._segments import keep_apart
 
-__all__ = ["BlockCirculant", "CirculantDiagonal", "attach", "find_layouts"]
+__all__ = [
+    "BlockCirculant",
+    "CirculantDiagonal",
+    "attach",
+    "find_layouts",
+    "keep_apart",
+    "rematerialize",
+]
