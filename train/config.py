@@ -238,11 +238,15 @@ class LanguageConfig(ExamplesConfig):
         subset: Name of a part of that dataset, such as "main" of GSM8K.
         train: Training file: .txt for `format` "text", otherwise .json or .jsonl, also with .gz
             or .xz; likewise the files of the other splits.
-        format: What an example is: "text", a running text that every token of is learnt; or one
-            whose answer alone is learnt: "alpaca" (fields instruction, input, output), "gsm8k"
-            (question, answer), "chat" (messages, by the tokenizer's chat template).
+        validation_fraction: Part of the training split held out: of a text its end, of examples
+            a random part.
+        test_fraction: Part of the training split held out as the test split, before validation.
+        format: What an example is: "text", a row of a running text that every token of is learnt;
+            or one whose answer alone is learnt: "alpaca" (fields instruction, input, output),
+            "gsm8k" (question, answer), "chat" (messages, by the tokenizer's chat template).
         prompt: How an example is put to the model, with its fields in braces, such as
-            "Question: {question}\nAnswer: "; None is the usual one of the format.
+            "Question: {question} Answer:"; the answer's tokens follow as those of a text of its
+            own. None is the usual one of the format.
         max_length: Longest sequence in tokens; longer ones are cut and counted.
         packing: Whether short examples share a row, each with attention to itself alone.
         others: Further test files by name, measured before and after the training.
@@ -278,6 +282,11 @@ class LanguageConfig(ExamplesConfig):
             _require(
                 self.prompt is None or self.format != name,
                 f"`language.prompt` has no use with the format {name}",
+            )
+        for name in ("train", "validation", "test"):
+            _require(
+                name not in self.others,
+                f"`language.others` has a file {name!r}, which is the name of another split",
             )
         _require_fields("language", self, lambda v: v >= 2, "at least 2", "max_length")
         _require_fields("language", self, lambda v: v >= 1, "at least 1", "max_new_tokens")
@@ -336,7 +345,7 @@ class OptimConfig:
 
     Attributes:
         epochs: Passes over the training split.
-        batch_size: Examples of one update.
+        batch_size: Examples, or rows that examples are packed into, of one update.
         eval_batch_size: Examples of one evaluation step.
         accumulation_steps: Parts that a batch is computed in, one after the other.
         learning_rate: Peak learning rate of the adapters, or of what "full" and "bitfit" train of

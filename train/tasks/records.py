@@ -74,13 +74,13 @@ def read_text(path: Path) -> str:
     return text
 
 
-def field_of(record: Record, name: str, path: Path, line: int) -> Any:
+def field_of(record: Record, name: str, path: Path | str, line: int) -> Any:
     """A field that a record must have.
 
     Args:
         record: The record.
         name: The field's name.
-        path: The file, for the message.
+        path: The file, or the dataset's name, for the message.
         line: The record's line, for the message.
 
     Returns:

@@ -10,21 +10,26 @@ from train.config import ExamplesConfig
 from train.tasks.records import DataError
 
 
-class Examples(Protocol):
+class Items(Protocol):
+    """What parts can be taken of."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+
+    def take(self, indices: np.ndarray) -> Self:
+        """Those at these positions."""
+
+
+class Examples(Items, Protocol):
     """Examples of a split."""
 
     @property
     def labels(self) -> np.ndarray:
         """Class indices, numbers to predict, or nothing."""
 
-    def __len__(self) -> int:
-        """How many there are."""
-
-    def take(self, indices: np.ndarray) -> Self:
-        """The examples at these positions."""
-
 
 E = TypeVar("E", bound=Examples)
+T = TypeVar("T", bound=Items)
 
 
 @dataclass(frozen=True)
@@ -86,11 +91,9 @@ def complete(given: Given[E], config: ExamplesConfig) -> Splits[E]:
         return kept, held
 
     def part(name: str, split: E, most: int | None) -> E:
-        if most is None or most >= len(split):
-            return split
-        notes.append(f"{name}: {most} of {len(split)} examples, at random")
-        rng = np.random.default_rng(config.split_seed)
-        return split.take(np.sort(rng.choice(len(split), most, replace=False)))
+        taken, note = sample(split, most, name, config.split_seed)
+        notes.extend(note)
+        return taken
 
     if config.test_fraction is not None:
         train, test = hold_out("test", config.test_fraction)
@@ -103,6 +106,25 @@ def complete(given: Given[E], config: ExamplesConfig) -> Splits[E]:
     else:
         test = part("test", test, config.max_eval_examples)
     return Splits(train, validation, test, given.label_names, tuple(notes))
+
+
+def sample(split: T, most: int | None, name: str, seed: int) -> tuple[T, tuple[str, ...]]:
+    """A random part of a split, in its order.
+
+    Args:
+        split: The split.
+        most: How many to take at most; None takes all.
+        name: The split's name.
+        seed: Seed of the choice.
+
+    Returns:
+        The part, and a sentence if it is not the whole.
+    """
+    if most is None or most >= len(split):
+        return split, ()
+    chosen = np.random.default_rng(seed).choice(len(split), most, replace=False)
+    note = f"{name}: {most} of {len(split)} examples, at random"
+    return split.take(np.sort(chosen)), (note,)
 
 
 def sorted_names(labels: Sequence[str]) -> tuple[str, ...]:

@@ -1,0 +1,94 @@
+"""The loss of the next token, and what evaluation makes of it."""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from train.metrics import PERPLEXITY
+from train.tasks.batches import Batches
+from train.tasks.task import Evaluation, Runner
+
+METRICS = (PERPLEXITY, "token_accuracy")
+
+
+def choose_metric(metric: str | None) -> str:
+    """Finds the metric that chooses the best epoch.
+
+    Args:
+        metric: The one asked for, if any.
+
+    Returns:
+        The name of one of `METRICS`.
+
+    Raises:
+        ValueError: If the one asked for is not among those.
+    """
+    if metric is None:
+        return PERPLEXITY
+    if metric not in METRICS:
+        raise ValueError(
+            f"`run.metric` {metric!r} is not computed here; it can be {', '.join(METRICS)}"
+        )
+    return metric
+
+
+def losses(logits: jax.Array, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """The loss of a batch.
+
+    Args:
+        logits: (batch, length, vocabulary), float32.
+        batch: ``targets`` and ``target_weights``, see `train.tasks.language.rows.collate`.
+
+    Returns:
+        The sum of the cross-entropies of the tokens to learn, and how many these are.
+    """
+    return jnp.sum(_each_loss(logits, batch)), jnp.sum(batch["target_weights"])
+
+
+def rows(logits: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
+    """What evaluation needs of each row.
+
+    Args:
+        logits: (batch, length, vocabulary), float32.
+        batch: As for `losses`.
+
+    Returns:
+        (batch, 3), float32: the sum of the losses, the number of tokens that count, and of how
+        many of these the likeliest token is the right one.
+    """
+    counts = batch["target_weights"]
+    right = counts * (jnp.argmax(logits, -1) == batch["targets"])
+    return jnp.stack([jnp.sum(a, -1) for a in (_each_loss(logits, batch), counts, right)], -1)
+
+
+def evaluate(batches: Batches, runner: Runner) -> Evaluation:
+    """Measures a split.
+
+    Args:
+        batches: Its batches; the runner gives `rows` of one.
+        runner: The model.
+
+    Returns:
+        The perplexity and the part of tokens that were predicted right, over all tokens that
+        count, and the mean loss.
+
+    Raises:
+        ValueError: If the perplexity is not finite.
+    """
+    parts = [np.asarray(runner.predict(batch), np.float64).sum(0) for batch in batches]
+    loss, count, right = np.sum(parts, 0)
+    mean = loss / count
+    with np.errstate(over="ignore"):
+        perplexity = np.exp(mean)
+    if not np.isfinite(perplexity):
+        raise ValueError(f"the model's perplexity is {perplexity}; a lower learning rate may help")
+    metrics = {PERPLEXITY: float(perplexity), "token_accuracy": float(right / count)}
+    return Evaluation(metrics, float(mean))
+
+
+def _each_loss(logits: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
+    each = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
+    return batch["target_weights"] * each
