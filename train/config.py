@@ -288,6 +288,10 @@ class LanguageConfig(ExamplesConfig):
                 name not in self.others,
                 f"`language.others` has a file {name!r}, which is the name of another split",
             )
+        _require(
+            self.generate == 0 or self.format != "text",
+            "`language.generate` has no use with the format text, which has no answers",
+        )
         _require_fields("language", self, lambda v: v >= 2, "at least 2", "max_length")
         _require_fields("language", self, lambda v: v >= 1, "at least 1", "max_new_tokens")
         _require_fields("language", self, lambda v: v >= 0, "at least 0", "generate", "temperature")

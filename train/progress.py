@@ -112,6 +112,41 @@ class TrainingProgress(Display):
             self.say(f"{line}  {duration(left)} left")
 
 
+class CountProgress(Display):
+    """Shows how many of some equal things are done. Use as a context manager."""
+
+    def __init__(
+        self, what: str, total: int, done: int, console: Console, every_seconds: float = 10.0
+    ) -> None:
+        """Prepares the display.
+
+        Args:
+            what: The things, such as "answers".
+            total: All of them.
+            done: Those done before.
+            console: Where to write.
+            every_seconds: Shortest time between plain lines.
+        """
+        columns = (BarColumn(bar_width=None), MofNCompleteColumn(), TimeRemainingColumn())
+        super().__init__(console, TextColumn("{task.description}"), *columns)
+        self._what, self._total, self._done, self._every = what, total, done, every_seconds
+        self._printed = time.monotonic()
+        self._task = self._bar.add_task(what, total=total, completed=done)
+
+    def advance(self, count: int) -> None:
+        """Reports that more are done.
+
+        Args:
+            count: How many.
+        """
+        self._done += count
+        self._bar.update(self._task, completed=self._done)
+        now = time.monotonic()
+        if not self._console.is_terminal and now - self._printed >= self._every:
+            self._printed = now
+            self.say(f"{self._what}: {self._done} of {self._total}")
+
+
 def duration(seconds: float) -> str:
     """A time in hours, minutes and seconds.
 

@@ -127,12 +127,15 @@ def test_a_perplexity_that_is_not_finite_is_refused() -> None:
     batches = Batches(lambda planned: {}, (None,))
     for loss in (np.nan, 1e6):
         rows = np.asarray([[loss, 1.0, 0.0]])
-        with pytest.raises(ValueError, match="perplexity is (nan|inf); a lower learning rate"):
+        with pytest.raises(ValueError, match=r"perplexity is (nan|inf); a lower learning rate"):
             objective.evaluate(batches, Runner(lambda batch, rows=rows: rows))
 
 
 def test_the_metric_can_be_chosen() -> None:
-    assert objective.choose_metric(None) == "perplexity"
-    assert objective.choose_metric("token_accuracy") == "token_accuracy"
+    assert objective.choose_metric(None, False) == "perplexity"
+    assert objective.choose_metric("token_accuracy", False) == "token_accuracy"
+    assert objective.choose_metric("exact_match", True) == "exact_match"
     with pytest.raises(ValueError, match="'f1' is not computed here; it can be perplexity, token_"):
-        objective.choose_metric("f1")
+        objective.choose_metric("f1", False)
+    with pytest.raises(ValueError, match="'exact_match' is not computed here"):
+        objective.choose_metric("exact_match", False)

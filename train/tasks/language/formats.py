@@ -136,6 +136,30 @@ def read_examples(
     return Examples(tuple(read(record, line) for line, record in records))
 
 
+def question_template(config: LanguageConfig) -> Template:
+    """The prompt that a question alone is put in.
+
+    Args:
+        config: The format, and the prompt if it is not the usual one.
+
+    Returns:
+        A template with one field.
+
+    Raises:
+        DataError: If the format has no questions, or its prompt needs more than one text.
+    """
+    if config.format not in _ANSWERS:
+        raise DataError(f"the format {config.format} has no questions to answer")
+    usual = _ALPACA_WITHOUT_INPUT if config.format == "alpaca" else _PROMPTS[config.format]
+    template = parse_template(config.prompt or usual)
+    if len(set(template.fields)) > 1:
+        raise DataError(
+            f"`language.prompt` has {', '.join(sorted(set(template.fields)))}, and so cannot be "
+            "put a question alone"
+        )
+    return template
+
+
 def text_of(record: Record, name: str, source: Path | str, line: int) -> str:
     """A field of a record that must be text.
 

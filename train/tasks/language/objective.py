@@ -12,25 +12,28 @@ from train.tasks.batches import Batches
 from train.tasks.task import Evaluation, Runner
 
 METRICS = (PERPLEXITY, "token_accuracy")
+EXACT_MATCH = "exact_match"
 
 
-def choose_metric(metric: str | None) -> str:
+def choose_metric(metric: str | None, answers: bool) -> str:
     """Finds the metric that chooses the best epoch.
 
     Args:
         metric: The one asked for, if any.
+        answers: Whether answers are generated that can be right or wrong.
 
     Returns:
-        The name of one of `METRICS`.
+        The name of one that is computed.
 
     Raises:
         ValueError: If the one asked for is not among those.
     """
     if metric is None:
         return PERPLEXITY
-    if metric not in METRICS:
+    names = (*METRICS, EXACT_MATCH) if answers else METRICS
+    if metric not in names:
         raise ValueError(
-            f"`run.metric` {metric!r} is not computed here; it can be {', '.join(METRICS)}"
+            f"`run.metric` {metric!r} is not computed here; it can be {', '.join(names)}"
         )
     return metric
 

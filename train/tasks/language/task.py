@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import jax
 import numpy as np
 
-from train.config import Config
+from train.config import Config, LanguageConfig
+from train.generation import Sampling
 from train.tasks.batches import Batch, Batches
 from train.tasks.language import objective
+from train.tasks.language.answers import answer_all, choose_exchanges
 from train.tasks.language.rows import Rows, describe, packed_rows, single_rows
 from train.tasks.language.source import Part, load_parts
-from train.tasks.language.tokens import encode_examples, encode_text
+from train.tasks.language.tokens import Exchange, encode_examples, encode_text
 from train.tasks.records import DataError
 from train.tasks.splits import sample
 from train.tasks.task import Evaluation, Runner
@@ -39,7 +41,7 @@ class LanguageModelling:
             ValueError: If the metric that is asked for is not computed for them.
         """
         self._config = config
-        self.metric = objective.choose_metric(config.run.metric)
+        self.metric = objective.choose_metric(config.run.metric, _has_numbers(config.language))
         self._parts, self._notes = load_parts(config.language)
         language = config.language
         path = Path(language.root or ".", language.train or "")
@@ -69,11 +71,28 @@ class LanguageModelling:
                 f"`language.max_length` {length} exceeds the {positions} positions of the model"
             )
         notes = [*self._notes]
-        parts = {}
+        parts, asked = {}, {}
         for name, part in self._parts.items():
             parts[name], found = self._rows(name, part, tokenizer)
             notes += found
-        return Language(self._config, parts, tuple(notes))
+            if self._config.language.generate and name in ("validation", "test"):
+                asked[name], found = self._asked(name, parts[name], model)
+                notes += found
+        return Language(self._config, parts, tokenizer, asked, tuple(notes))
+
+    def _asked(
+        self, name: str, rows: Rows, model: "FlaxPreTrainedModel"
+    ) -> tuple[tuple[Exchange, ...], tuple[str, ...]]:
+        """The examples of a split that answers are generated to, and what is to be said of them."""
+        language, exchanges = self._config.language, rows.encoded.exchanges
+        sampling = _sampling(language)
+        chosen, long = choose_exchanges(exchanges, language.generate, model.config, sampling)
+        if not long:
+            return chosen, ()
+        return chosen, (
+            f"{name}: {long} of {len(exchanges)} prompts leave no room for answers of "
+            f"{sampling.max_new_tokens} tokens, and are not asked",
+        )
 
     def _rows(
         self, name: str, part: Part, tokenizer: "PreTrainedTokenizerFast"
@@ -100,15 +119,23 @@ class Language:
     Attributes:
         config: The settings of the run.
         parts: The rows of each split.
+        tokenizer: The model's.
+        asked: The examples of a split that answers are generated to.
         notes: Sentences on the splits, on what was cut and left out, and on packing.
     """
 
     config: Config
     parts: Mapping[str, Rows]
+    tokenizer: "PreTrainedTokenizerFast"
+    asked: Mapping[str, tuple[Exchange, ...]]
     notes: tuple[str, ...]
 
     unit = "tokens"
-    generation = None
+
+    @property
+    def generation(self) -> dict[str, Any] | None:
+        """Settings of generation, if there is any."""
+        return _sampling(self.config.language).settings(self.tokenizer) if self.asked else None
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -144,9 +171,24 @@ class Language:
         return objective.rows(logits, batch)
 
     def evaluate(self, split: str, runner: Runner) -> Evaluation:
-        """See `train.tasks.language.objective.evaluate`."""
-        batches = self.parts[split].batches(self.config.optim.eval_batch_size)
-        return objective.evaluate(batches, runner)
+        """See `objective.evaluate`; with generated answers where these are asked for."""
+        size = self.config.optim.eval_batch_size
+        evaluation = objective.evaluate(self.parts[split].batches(size), runner)
+        if split not in self.asked:
+            return evaluation
+        seed = self.config.run.seed
+        answered = answer_all(self.asked[split], runner.generate, self.tokenizer, size, seed)
+        metrics = evaluation.metrics | answered.metrics(_has_numbers(self.config.language))
+        return Evaluation(metrics, evaluation.loss, answered.save)
+
+
+def _sampling(language: LanguageConfig) -> Sampling:
+    return Sampling(language.max_new_tokens, language.temperature, language.top_p)
+
+
+def _has_numbers(language: LanguageConfig) -> bool:
+    """Whether answers are generated that come to numbers."""
+    return language.format == "gsm8k" and language.generate > 0
 
 
 def check_tokenizer(tokenizer: "PreTrainedTokenizerFast", model: "FlaxPreTrainedModel") -> None:

@@ -146,7 +146,7 @@ def encode_text(
         DataError: If the text has too few tokens to learn one, or rows are too short to hold one.
     """
     begin = leading_ids(tokenizer)
-    (ids,) = _tokenize(tokenizer, [text])
+    (ids,) = tokenize(tokenizer, [text])
     step = max_length - max(len(begin), 1)
     if step < 1:
         raise DataError(
@@ -180,6 +180,20 @@ def leading_ids(tokenizer: "PreTrainedTokenizerFast") -> np.ndarray:
     return np.asarray(encoded["input_ids"][:count], np.int32)
 
 
+def tokenize(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str]) -> list[np.ndarray]:
+    """Tokenizes texts as they are, without special tokens.
+
+    Args:
+        tokenizer: A fast tokenizer of transformers.
+        texts: The texts.
+
+    Returns:
+        The token ids of each (int32).
+    """
+    encoded = tokenizer(list(texts), add_special_tokens=False, verbose=False)
+    return [np.asarray(ids, np.int32) for ids in encoded["input_ids"]]
+
+
 def _rows(examples: Examples, tokenizer: "PreTrainedTokenizerFast") -> Iterator[_Row]:
     make = {Question: _question_rows, Conversation: _conversation_rows}
     # Tokenizing in parts bounds the memory of the tokenizer's own, much larger records.
@@ -192,8 +206,8 @@ def _question_rows(
     questions: Sequence[Question], tokenizer: "PreTrainedTokenizerFast"
 ) -> Iterator[_Row]:
     begin, end = leading_ids(tokenizer), np.asarray([tokenizer.eos_token_id], np.int32)
-    prompts = _tokenize(tokenizer, [question.prompt for question in questions])
-    answers = _tokenize(tokenizer, [question.answer for question in questions])
+    prompts = tokenize(tokenizer, [question.prompt for question in questions])
+    answers = tokenize(tokenizer, [question.answer for question in questions])
     for question, prompt, answer in zip(questions, prompts, answers, strict=True):
         prompt = np.concatenate([begin, prompt])
         ids = np.concatenate([prompt, answer, end])
@@ -215,7 +229,7 @@ def _conversation_rows(
         return_offsets_mapping=True,
         verbose=False,
     )
-    columns = (encoded["input_ids"], encoded["offset_mapping"], _tokenize(tokenizer, asked))
+    columns = (encoded["input_ids"], encoded["offset_mapping"], tokenize(tokenizer, asked))
     end = tokenizer.eos_token_id
     for i, (ids, spans, prompt) in enumerate(zip(*columns, strict=True)):
         (text, turns), conversation = written[i], conversations[i]
@@ -229,11 +243,6 @@ def _conversation_rows(
             ids, learnt = [*ids, end], np.append(learnt, learnt.any())
         exchange = Exchange(asked[i], prompt, answers[-1] if answers else "")
         yield _Row(np.asarray(ids, np.int32), learnt, exchange)
-
-
-def _tokenize(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str]) -> list[np.ndarray]:
-    encoded = tokenizer(list(texts), add_special_tokens=False, verbose=False)
-    return [np.asarray(ids, np.int32) for ids in encoded["input_ids"]]
 
 
 def _join(
