@@ -103,7 +103,9 @@ class TestFormats:
         prompt = "{{{kind}}} {instruction}|{input}: "
         parts, _ = load(tmp_path, records, prompt=prompt, **options)
         assert [q.prompt for q in parts["train"].items] == ["{sum} Add.|1 2: ", "{talk} Greet.|: "]
-        with pytest.raises(DataError, match=r"line 1: there is an `input`, which `language\.prompt`"):
+        with pytest.raises(
+            DataError, match=r"line 1: there is an `input`, which `language\.prompt`"
+        ):
             load(tmp_path, records, prompt="{instruction}", **options)
 
     @pytest.mark.parametrize(
