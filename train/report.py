@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -162,18 +162,26 @@ def _rows(summary: Summary) -> list[tuple[str, str]]:
             f"{trained:,} of {summary.total:,} ({trained / summary.total:.3%}): {groups}",
         ),
         ("best epoch", f"{summary.best_epoch} (by validation {summary.metric})"),
-        *((f"validation {name}", f"{value:.4f}") for name, value in summary.validation.items()),
+        *_measured("validation", summary.validation, summary),
     ]
     if summary.test is None:
         rows.append(("test", "not reported: there is no test split"))
     else:
-        rows += [(f"test {name}", f"{value:.4f}") for name, value in summary.test.items()]
-    rows += [
-        (f"{split} {name}", f"{value:.4f} before, {after[name]:.4f} after")
-        for split, (before, after) in summary.compared.items()
-        for name, value in before.items()
-    ]
+        rows += _measured("test", summary.test, summary)
+    for split, (_, after) in summary.compared.items():
+        if split not in ("validation", "test"):
+            rows += _measured(split, after, summary)
     return [*rows, ("time", duration(summary.seconds)), ("seed", str(summary.seed))]
+
+
+def _measured(
+    split: str, metrics: Mapping[str, float], summary: Summary
+) -> Iterator[tuple[str, str]]:
+    """The metrics of a split, with what they were before the training if that was measured."""
+    before, _ = summary.compared.get(split, ({}, {}))
+    for name, value in metrics.items():
+        was = f" ({before[name]:.4f} before the training)" if name in before else ""
+        yield f"{split} {name}", f"{value:.4f}{was}"
 
 
 def _link(name: str) -> str:

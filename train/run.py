@@ -51,9 +51,9 @@ def run(config: Config, console: Console | None = None) -> report.Summary:
     untrained = trainer.start()[0].small
     before = {name: trainer.evaluate(untrained, name) for name in workload.compared}
     best, progress = trainer.train(directory, console)
-    test = trainer.evaluate(best, "test") if "test" in workload.splits else None
-    after = {name: trainer.evaluate(best, name) for name in workload.compared}
-    last = test or trainer.evaluate(best, "validation")
+    last = "test" if "test" in workload.splits else "validation"
+    measured = dict.fromkeys((last, *workload.compared))
+    after = {name: trainer.evaluate(best, name) for name in measured}
 
     adapter = directory / ADAPTER
     name = config.model.name
@@ -75,12 +75,12 @@ def run(config: Config, console: Console | None = None) -> report.Summary:
         metric=task.metric,
         best_epoch=progress.best_epoch,
         validation=progress.validation,
-        test=None if test is None else test.metrics,
+        test=after["test"].metrics if last == "test" else None,
         compared={name: (before[name].metrics, after[name].metrics) for name in before},
         seconds=progress.seconds,
         seed=config.run.seed,
         notes=workload.notes,
-        files=last.save(directory),
+        files=after[last].save(directory),
     )
     report.write(directory, summary)
     report.show(summary, console)

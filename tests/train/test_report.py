@@ -52,6 +52,15 @@ def test_a_missing_test_split_is_said():
     assert "| test | not reported: there is no test split |" in text
 
 
+def test_what_was_measured_before_the_training_stands_beside_what_came_of_it():
+    compared = {"test": ({"f1": 0.1}, {"f1": 0.4}), "old": ({"f1": 0.9}, {"f1": 0.8})}
+    lines = report.markdown(dataclasses.replace(SUMMARY, compared=compared)).splitlines()
+    assert "| validation f1 | 0.5000 |" in lines
+    assert "| test accuracy | 0.7000 |" in lines
+    assert "| test f1 | 0.4000 (0.1000 before the training) |" in lines
+    assert "| old f1 | 0.8000 (0.9000 before the training) |" in lines
+
+
 def test_the_table_fits_80_columns():
     output = io.StringIO()
     report.show(SUMMARY, Console(file=output, width=80))
