@@ -29,6 +29,7 @@ from circflax.interop._tensors import (
     read_flax_leaves,
     read_torch_tensors,
 )
+from circflax.interop._tied import tie_head
 
 if TYPE_CHECKING:
     from transformers import FlaxPreTrainedModel, PretrainedConfig
@@ -87,6 +88,9 @@ def load_model(
     there are no others. PyTorch is not needed; pickled weights and remote code are never used.
     A warning is logged if the checkpoint lacks leaves that are no part of a head.
 
+    A head that the configuration ties to the embedding is the embedding's; where the Flax class has
+    a leaf of its own for it (Llama's, Mistral's), the two are equal at first and train apart.
+
     Example:
         >>> model, params, report = load_model(  # doctest: +SKIP
         ...     "google-bert/bert-base-uncased", "sequence-classification", config={"num_labels": 3}
@@ -133,7 +137,7 @@ class Checkpoint:
     Attributes:
         directory: The local directory.
         model: The Flax model, made with `_do_init=False`.
-        tensors: The checkpoint's tensors by PyTorch name.
+        tensors: The checkpoint's tensors by PyTorch name; see `tie_head`.
         placements: The leaf of each tensor that is a parameter of the model.
     """
 
@@ -199,6 +203,8 @@ def open_checkpoint(
     )
     if new_head and not head_leaves(model):
         raise CheckpointError(f"`{type(model).__name__}` has no head that could be made anew.")
+    if not new_head:
+        tensors = tie_head(tensors, model)
     return Checkpoint(directory, model, tensors, match_tensors(tensors, model, new_head=new_head))
 
 

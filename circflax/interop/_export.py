@@ -20,6 +20,7 @@ from circflax.interop._names import (
     place_tensors,
 )
 from circflax.interop._tensors import CheckpointError, LeafPath, Tensor
+from circflax.interop._tied import tie_head, tied_leaves, written_config
 from circflax.interop._write import check_finite, copy_companions, write_directory
 
 if TYPE_CHECKING:
@@ -40,7 +41,9 @@ def export_merged(
     One tensor at a time is read, changed if asked, and written; the bytes of all others are copied
     as they are, whatever their type. The directory appears under its name when it is complete.
 
-    Tied tensors stay as the base holds them: where it holds both, loading ties them again.
+    Tied tensors stay as the base holds them: where it holds both, loading ties them again. A head
+    that is tied in PyTorch but not in Flax (Llama's, Mistral's) parts from the embedding when one
+    of them is changed: both are written then, and the configuration no longer ties them.
 
     Example:
         >>> path = ("bert", "encoder", "layer", "0", "attention", "self", "query", "kernel")
@@ -64,11 +67,12 @@ def export_merged(
             the base cannot be read, or `output` is not empty.
         ValueError: If `max_shard_size` is no size.
     """
+    tensors = _merged_tensors(read_tensors(base), model, changes, added or {})
     write_directory(
         output,
-        model.config,
+        written_config(model, tensors),
         type(model).__name__.removeprefix("Flax"),
-        _merged_tensors(read_tensors(base), model, changes, added or {}),
+        tensors,
         partial(copy_companions, Path(base)),
         max_shard_size,
     )
@@ -81,11 +85,14 @@ def _merged_tensors(
     added: Mapping[LeafPath, np.ndarray],
 ) -> dict[str, Tensor]:
     head = head_leaves(model)
+    tied = tie_head(tensors, model)
     if head and added.keys() >= set(head):
-        tensors = _without_head(tensors, model)
-    placements = match_tensors(tensors, model)
+        tensors = tied = _without_head(tied, model)
+    placements = match_tensors(tied, model)
     held = {placement.path for placement in placements.values()}
     _check_paths(held, model, changes, added)
+    if not changes.keys().isdisjoint(tied_leaves(model)):
+        tensors = tied
     prefix = model.base_model_prefix
     headless = is_headless(tensors, model)
     merged: dict[str, Tensor] = {}

@@ -1,6 +1,5 @@
 """Writing a Flax model of `transformers` with its parameters."""
 
-import copy
 import os
 from collections.abc import Mapping
 from functools import partial
@@ -13,12 +12,11 @@ from flax.traverse_util import flatten_dict
 
 from circflax.interop._names import leaf_shapes, name_leaves
 from circflax.interop._tensors import CheckpointError, LeafPath, Tensor
+from circflax.interop._tied import written_config
 from circflax.interop._write import check_finite, copy_companions, write_directory
 
 if TYPE_CHECKING:
     from transformers import FlaxPreTrainedModel
-
-_OWN_HEAD = ("lm_head", "kernel")
 
 
 def save_model(
@@ -51,15 +49,10 @@ def save_model(
     """
     leaves = {path: np.asarray(leaf) for path, leaf in flatten_dict(unfreeze(params)).items()}
     _check_leaves(leaves, model)
-    config = model.config
-    if _OWN_HEAD in leaves and config.tie_word_embeddings:
-        # Some classes (Llama's, Mistral's) tie nothing in Flax, whatever the configuration says.
-        config = copy.deepcopy(config)
-        config.tie_word_embeddings = False
     placements = name_leaves({path: leaf.ndim for path, leaf in leaves.items()})
     write_directory(
         output,
-        config,
+        written_config(model, placements),
         type(model).__name__.removeprefix("Flax"),
         {
             name: Tensor.of(placement.to_torch(leaves[placement.path]))
