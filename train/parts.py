@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 import circflax as cf
 from circflax.tree import Path as LeafPath
-from train.config import Config, DataConfig
+from train.config import Config, DataConfig, ImagesConfig
+from train.tasks.images import ImageClassification
 from train.tasks.task import Task
 from train.tasks.text import TextClassification
 
@@ -52,7 +53,10 @@ def load_task(config: Config) -> Task:
     return _TASKS[type(config.examples)](config)
 
 
-_TASKS: dict[type, Callable[[Config], Task]] = {DataConfig: TextClassification}
+_TASKS: dict[type, Callable[[Config], Task]] = {
+    DataConfig: TextClassification,
+    ImagesConfig: ImageClassification,
+}
 
 
 def load_model(
