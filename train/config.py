@@ -7,6 +7,8 @@ from typing import Any, ClassVar, Literal
 
 from train import docstrings, glue
 
+DIGITS = "digits"
+
 
 class ConfigError(ValueError):
     """Settings that do not fit; the message is one sentence for the person who wrote them."""
@@ -202,9 +204,9 @@ class ImagesConfig(ExamplesConfig):
         image: Column of the images of a dataset on the Hub.
         label: Column of their classes.
         classes: The classes to use, in the order of their indices; examples of others are left
-            out. None uses all.
-        augment: What training images go through at random: "crop" cuts out a part and resizes it,
-            "flip" mirrors left and right.
+            out and counted. None uses those of the training split, sorted.
+        augment: What training images go through at random: "crop" cuts out a part, 8 % to 100 %
+            of the area and 3:4 to 4:3 in shape, and resizes it; "flip" mirrors left and right.
         broken: What to do with files that are no readable image: "refuse", or "skip" and count.
     """
 
@@ -227,6 +229,11 @@ class ImagesConfig(ExamplesConfig):
             self.classes is None or len(self.classes) >= 2,
             "`images.classes` must name at least two classes",
         )
+        for name in ("image", "label"):
+            _require(
+                self.dataset not in (None, DIGITS) or getattr(self, name) == name,
+                f"`images.{name}` is a column of a dataset on the Hub; `images.dataset` names none",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

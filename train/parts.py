@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 import circflax as cf
 from circflax.tree import Path as LeafPath
-from train.config import Config, DataConfig, LanguageConfig
+from train.config import Config, DataConfig, ImagesConfig, LanguageConfig
+from train.tasks.images import ImageClassification
 from train.tasks.language.task import LanguageModelling
 from train.tasks.task import Task
 from train.tasks.text import TextClassification
@@ -55,6 +56,7 @@ def load_task(config: Config) -> Task:
 
 _TASKS: dict[type, Callable[[Config], Task]] = {
     DataConfig: TextClassification,
+    ImagesConfig: ImageClassification,
     LanguageConfig: LanguageModelling,
 }
 

@@ -1,9 +1,10 @@
 """Progress on screen: a live bar in a terminal, now and then a plain line elsewhere."""
 
 import time
+from collections.abc import Iterable, Iterator
 from statistics import median
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -14,6 +15,8 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+
+T = TypeVar("T")
 
 
 class Display:
@@ -145,6 +148,37 @@ class CountProgress(Display):
         if not self._console.is_terminal and now - self._printed >= self._every:
             self._printed = now
             self.say(f"{self._what}: {self._done} of {self._total}")
+
+
+def track(
+    items: Iterable[T], total: int, what: str, console: Console | None = None, after: float = 2.0
+) -> Iterator[T]:
+    """Goes through items, with a bar in a terminal if that takes long.
+
+    Args:
+        items: The items.
+        total: How many there are.
+        what: What is done with them, for the bar.
+        console: Where to write; None is standard output.
+        after: Seconds before the bar appears.
+
+    Yields:
+        The items.
+    """
+    console = console or Console()
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn())
+    bar = Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
+    task, began = bar.add_task(what, total=total), time.monotonic()
+    try:
+        for item in items:
+            if console.is_terminal and time.monotonic() - began > after:
+                bar.start()
+            yield item
+            bar.advance(task)
+    finally:
+        # To stop what never started would print an empty line.
+        if bar.live.is_started:
+            bar.stop()
 
 
 def duration(seconds: float) -> str:

@@ -7,6 +7,7 @@ left.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -48,7 +49,15 @@ class Batches:
         return self.make(self.plan[key])
 
     def __iter__(self) -> Iterator[Batch]:
-        return map(self.make, self.plan)
+        # While a batch is in use, a thread makes the next: an accelerator would wait for images.
+        with ThreadPoolExecutor(max_workers=1) as thread:
+            ahead = None
+            for planned in self.plan:
+                ready, ahead = ahead, thread.submit(self.make, planned)
+                if ready is not None:
+                    yield ready.result()
+            if ahead is not None:
+                yield ahead.result()
 
     def in_order(self, outputs: Sequence[np.ndarray]) -> np.ndarray:
         """Puts the rows computed from these batches into the order of the examples.

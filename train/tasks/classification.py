@@ -16,6 +16,7 @@ from train.tasks.task import Evaluation, Runner
 CONFUSION = "confusion.png"
 # A picture of more classes cannot be read.
 _MOST_CLASSES = 100
+_MOST_NUMBERED = 20
 
 
 def head_config(names: Sequence[str]) -> dict[str, Any]:
@@ -97,25 +98,40 @@ def _draw_confusion(
 ) -> None:
     """Draws how often examples of each class were taken for each, as parts of the class."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
     from sklearn.metrics import confusion_matrix
 
     classes = np.arange(len(names))
     counts = confusion_matrix(labels, predictions, labels=classes)
     parts = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    # Room for the names: more classes take a larger picture and smaller letters.
-    size, letters = min(5 + 0.22 * len(names), 16), 9 if len(names) <= 20 else 6
-    figure = Figure(figsize=(size + 1, size), layout="constrained")
+    numbered = len(names) <= _MOST_NUMBERED
+    # Inches of the square; what is written around it makes the picture as large as it must be.
+    side = max(3.0, len(names) * (0.5 if numbered else 0.16))
+    figure = Figure(figsize=(side, side))
     FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    image = axes.imshow(parts, cmap="Blues", vmin=0, vmax=1)
-    if len(names) <= 20:
-        for row in classes:
-            for column in np.flatnonzero(counts[row]):
-                colour = "white" if parts[row, column] > 0.5 else "black"
-                axes.text(column, row, counts[row, column], ha="center", va="center", color=colour)
-    axes.set_xticks(classes, names, rotation=90, fontsize=letters)
-    axes.set_yticks(classes, names, fontsize=letters)
+    axes = figure.add_axes((0, 0, 1, 1))
+    # The root shows the few that were mistaken beside the many that were not.
+    scale = PowerNorm(0.5, vmin=0, vmax=1)
+    image = axes.imshow(parts, cmap="Blues", norm=scale)
+    if numbered:
+        for row, column in np.argwhere(counts):
+            colour = "white" if scale(parts[row, column]) > 0.6 else "black"
+            count = counts[row, column]
+            axes.text(column, row, count, ha="center", va="center", color=colour, fontsize=8)
+    else:
+        axes.set_xticks(classes - 0.5, minor=True)
+        axes.set_yticks(classes - 0.5, minor=True)
+        axes.grid(which="minor", color="0.9", linewidth=0.4)
+        axes.tick_params(which="minor", length=0)
+    letters = 9 if numbered else 7
+    axes.set_xticks(classes, names, rotation=90, fontsize=letters, parse_math=False)
+    axes.set_yticks(classes, names, fontsize=letters, parse_math=False)
     axes.set(xlabel="predicted", ylabel="true class", title="Examples by class")
-    figure.colorbar(image, ax=axes, label="part of the true class", shrink=0.8)
-    figure.savefig(path, dpi=120)
+    place = axes.inset_axes((1 + 0.15 / side, 0, 0.15 / side, 1))
+    ticks = (0, 0.01, 0.05, 0.1, 0.2, 0.5, 1)
+    figure.colorbar(
+        image, place, ticks=ticks, format=PercentFormatter(1), label="of the true class"
+    )
+    figure.savefig(path, dpi=120, bbox_inches="tight")

@@ -141,6 +141,20 @@ def sorted_names(labels: Sequence[str]) -> tuple[str, ...]:
     )
 
 
+def listed(names: Sequence[str], most: int = 10) -> str:
+    """Names for a message.
+
+    Args:
+        names: The names.
+        most: How many to write out.
+
+    Returns:
+        The names with commas, and how many more there are.
+    """
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
 def _hold_out(
     split: E, names: Sequence[str], name: str, fraction: float, config: ExamplesConfig
 ) -> tuple[E, E]:

@@ -14,7 +14,7 @@ from train.config import Config, DataConfig
 from train.tasks import classification
 from train.tasks.batches import Batch, Batches, PlannedBatch, filled, plan, weights
 from train.tasks.records import DataError, field_of, read_records
-from train.tasks.splits import Given, Splits, complete, sorted_names
+from train.tasks.splits import Given, Splits, complete, listed, sorted_names
 from train.tasks.task import Evaluation, Runner
 
 if TYPE_CHECKING:
@@ -427,11 +427,10 @@ def _to_split(table: _Table, names: tuple[str, ...]) -> Split:
 
 def _class_index(names: tuple[str, ...]) -> Callable[[str], int]:
     index = {name: i for i, name in enumerate(names)}
-    listed = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
     def convert(label: str) -> int:
         if label not in index:
-            raise ValueError(f"label {label!r} is none of the classes {listed}")
+            raise ValueError(f"label {label!r} is none of the classes {listed(names)}")
         return index[label]
 
     return convert
