@@ -54,16 +54,21 @@ def single(encoded: Encoded, room: int, seed: int) -> Rows:
     return single_rows(encoded, room)
 
 
+@functools.cache
+def reference(name: str):
+    """A tiny model, random parameters for it, and what `one_at_a_time` gives."""
+    entry = architecture(name)
+    model = getattr(transformers, entry.flax_class)(entry.config(), _do_init=False)
+    params = randomly(model.params_shape_tree, scale=0.2)
+    return model, params, *one_at_a_time(model, params, examples())
+
+
 @pytest.mark.parametrize("lay_out", [packed_rows, single])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_loss_and_gradients_are_those_of_single_examples(name, lay_out) -> None:
-    entry, encoded = architecture(name), examples()
-    model = getattr(transformers, entry.flax_class)(entry.config(), _do_init=False)
-    params = randomly(model.params_shape_tree, scale=0.2)
-    (expected, (count, right)), slope = one_at_a_time(model, params, encoded)
-
+    model, params, (expected, (count, right)), slope = reference(name)
     forward = make_forward(model, cf.make_plan(params, cf.AdapterConfig(train=".*")))
-    batches = lay_out(encoded, ROOM, 0).batches(4)
+    batches = lay_out(examples(), ROOM, 0).batches(4)
 
     def loss(small, batch):
         logits = forward(small, params, batch)

@@ -106,6 +106,7 @@ def test_answers_in_packed_rows_with_accumulation(arguments, tmp_path) -> None:
     assert "train: 72 examples in 16 rows of 48 tokens" in "".join(summary.notes)
 
 
+@pytest.mark.slow
 def test_rows_that_are_not_packed_come_to_the_same_perplexity(arguments, tmp_path) -> None:
     compared = []
     for packing in ("true", "false"):
