@@ -1,4 +1,4 @@
-"""`python -m benchmarks --suite layer|step|growth|memory|tpu|gpu|merge [--quick] --json FILE`."""
+"""`python -m benchmarks --suite NAME [--quick] --json FILE`: time and memory, side by side."""
 
 import argparse
 import os
@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-SUITES = ("layer", "step", "growth", "memory", "tpu", "gpu", "merge")
+SUITES = ("layer", "step", "throughput", "growth", "memory", "presets", "tpu", "gpu", "merge")
 CHIPS = ("v5e", "v5p")
 
 # Memory that a program has used stays with the process, as within one long program; otherwise the
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--chip", choices=CHIPS, help="compile `memory` for a TPU instead of this machine's CPU"
     )
     arguments = parser.parse_args(argv)
-    if arguments.suite == "tpu" or arguments.chip:
+    if arguments.suite in ("tpu", "presets") or arguments.chip:
         from benchmarks import tpu
 
         tpu.set_environment()
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> None:
     import jax
 
-    from benchmarks import growth, layers, memory, merge, steps
+    from benchmarks import growth, layers, memory, merge, steps, throughput
     from benchmarks.results import Results
 
     results = Results(arguments.json)
@@ -69,6 +69,9 @@ def _run(arguments: argparse.Namespace) -> None:
         case "step":
             steps.run(results, suite, steps.grid(quick), rounds)
             print(steps.table(results.of(suite)))
+        case "throughput":
+            throughput.run(results, suite, quick, rounds)
+            print(throughput.table(results.of(suite)))
         case "growth":
             growth.run(results, suite, quick, rounds)
             print(growth.table(results.of(suite)))
@@ -81,6 +84,11 @@ def _run(arguments: argparse.Namespace) -> None:
         case "memory":
             memory.run(results, suite, arguments.chip, quick)
             print(memory.table(results.of(suite)))
+        case "presets":
+            from benchmarks import presets
+
+            presets.run(results, suite, quick)
+            print(presets.table(results.of(suite)))
         case "tpu":
             from benchmarks import tpu
 

@@ -132,8 +132,8 @@ def run(results: Results, suite: str, cases: Sequence[Record], rounds: int) -> N
                 "trainable": step.trainable,
             }
             state, shapes, batch, _ = step.arguments
-            base = _random(shapes) if base is None else base
-            functions[name] = _runner(compiled, _random(state), base, _random(batch))
+            base = random_arrays(shapes) if base is None else base
+            functions[name] = _runner(compiled, random_arrays(state), base, random_arrays(batch))
         print("timing …")
         timings = time_interleaved(functions, rounds=rounds, budget=60.0)
         for name, timing in timings.items():
@@ -141,8 +141,8 @@ def run(results: Results, suite: str, cases: Sequence[Record], rounds: int) -> N
         results.add(suite, case, measured)
 
 
-def _random(shapes: Any) -> Any:
-    """Arrays of these shapes: small numbers, ones where they are whole."""
+def random_arrays(shapes: Any) -> Any:
+    """Arrays of some shapes: small numbers, ones where they are whole."""
     leaves, tree = jax.tree.flatten(shapes)
     keys = jax.random.split(jax.random.key(0), len(leaves))
     arrays = [

@@ -1,0 +1,95 @@
+"""The memory that a step of each preset needs, by the TPU compiler; nothing is executed."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+from rich.progress import track
+
+import circflax as cf
+from benchmarks import papers, runs, tpu
+from benchmarks.results import Record, Results, markdown_table
+from circflax.methods import PRESETS
+from train import settings
+from train.config import Config
+
+_CONFIGS = Path(__file__).parents[1] / "configs"
+_FOLDERS = {"roberta-base": "glue", "roberta-large": "glue", "vit-base": "images"}
+_MODELS = {"llama2-7b": "llama-2-7b", "llama3-8b": "llama-3-8b"}
+# The largest chip: what a step needs is asked here, not whether it fits.
+CHIP = "v5p"
+# Blocks are alike, so that memory is a straight line over their number: two points give it.
+_LAYERS = (2, 4)
+
+
+def load(name: str) -> Config:
+    """The settings of a preset, from its file under ``configs``."""
+    method, model, task = name.replace("-", "_").split("/")
+    folder = _FOLDERS.get(name.split("/")[1], "language")
+    return settings.load(["--config", str(_CONFIGS / folder / f"{model}_{task}_{method}.yaml")])
+
+
+def grid(quick: bool) -> list[Record]:
+    """The cases: a preset each; of those that differ in the method alone, the first."""
+    names = list(PRESETS) if not quick else ["cdvft/roberta-base/rte"]
+    seen: dict[tuple, str] = {}
+    for name in names:
+        config, model = load(name), name.split("/")[1]
+        examples = config.images if config.images.given else None
+        length = None if examples else config.examples.max_length
+        seen.setdefault((model, config.adapter.targets, config.optim.batch_size, length), name)
+    return [{"chip": CHIP, "preset": name} for name in seen.values()]
+
+
+def run(results: Results, suite: str, quick: bool) -> None:
+    """Compiles what is missing."""
+    for case in track(list(results.missing(suite, grid(quick))), "compiling for TPU"):
+        name = case["preset"]
+        config, model = load(name), name.split("/")[1]
+        length = None if config.images.given else config.examples.max_length
+        peaks, step = {}, None
+        for layers in (1, 2) if quick else _LAYERS:
+            step = runs.make_step(config, _outline(config, model, layers), length)
+            compiled, _ = tpu.compile_for(tpu.CHIPS[CHIP], step.run, step.arguments)
+            peaks[layers] = cf.costs.peak_memory(compiled)
+        whole = _outline(config, model, None)
+        adapters = runs.make_step(config, whole, length).adapters
+        measured = {"peak": _at(peaks, whole.model.config.num_hidden_layers), "adapters": adapters}
+        measured |= {"batch": config.optim.batch_size, "parts": config.optim.accumulation_steps}
+        results.add(suite, case, {name: measured | {"length": length}})
+
+
+def _outline(config: Config, model: str, layers: int | None) -> cf.interop.Outline:
+    import transformers
+
+    kind, fields = papers.MODELS[_MODELS.get(model, model)]
+    fields = dict(fields) if layers is None else {**fields, "num_hidden_layers": layers}
+    model_config = getattr(transformers, kind)(**fields)
+    outline = cf.interop.outline_model(model_config, dtype=config.model.compute_dtype)
+    cast = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, config.model.param_dtype), outline.params
+    )
+    return replace(outline, params=cast)
+
+
+def _at(peaks: dict[int, int], layers: int) -> int:
+    """The line through two measurements, at another number of blocks."""
+    (few, low), (more, high) = peaks.items()
+    return round(low + (high - low) * (layers - few) / (more - few))
+
+
+def table(records: Sequence[Record]) -> str:
+    """Parameters and memory of a step of each preset."""
+    rows = [
+        [
+            record["name"],
+            f"{record['adapters']:,}",
+            str(record["batch"]),
+            str(record["parts"]),
+            str(record["length"] or "–"),
+            f"{record['peak'] / 1e9:.1f}",
+        ]
+        for record in records
+    ]
+    return markdown_table(["preset", "parameters", "batch", "in parts", "tokens", "GB"], rows)
