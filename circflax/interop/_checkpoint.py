@@ -15,6 +15,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 
+from circflax.interop._model import make_model
 from circflax.interop._names import (
     Placement,
     head_leaves,
@@ -91,6 +92,9 @@ def load_model(
     A head that the configuration ties to the embedding is the embedding's; where the Flax class has
     a leaf of its own for it (Llama's, Mistral's), the two are equal at first and train apart.
 
+    Rotary positions (`rope_theta`, and `rope_scaling` of the types linear and llama3) and Mistral's
+    `sliding_window` are the configuration's, as in PyTorch, where the Flax class knows others.
+
     Example:
         >>> model, params, report = load_model(  # doctest: +SKIP
         ...     "google-bert/bert-base-uncased", "sequence-classification", config={"num_labels": 3}
@@ -114,7 +118,8 @@ def load_model(
         of what was newly initialised and what was left unused.
 
     Raises:
-        CheckpointError: If the checkpoint cannot be read or does not fit the model.
+        CheckpointError: If the checkpoint cannot be read or does not fit the model, or the Flax
+            class cannot follow its configuration.
     """
     checkpoint = open_checkpoint(
         source,
@@ -198,9 +203,7 @@ def open_checkpoint(
     directory = find_checkpoint(source, revision)
     tensors = read_tensors(directory)
     configuration = read_config(directory / "config.json", config or {})
-    model = find_model_class(configuration, head)(
-        configuration, seed=seed, dtype=dtype, _do_init=False
-    )
+    model = make_model(find_model_class(configuration, head), configuration, dtype=dtype, seed=seed)
     if new_head and not head_leaves(model):
         raise CheckpointError(f"`{type(model).__name__}` has no head that could be made anew.")
     if not new_head:

@@ -13,6 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 
 from circflax.interop._checkpoint import find_model_class, initialise, read_config
+from circflax.interop._model import make_model
 from circflax.interop._names import head_leaves
 from circflax.interop._tensors import CheckpointError
 from circflax.linen import find_layouts
@@ -124,7 +125,7 @@ def outline_model(
         The model and the shapes of its parameters.
 
     Raises:
-        CheckpointError: if there is no such configuration, or no Flax model for it.
+        CheckpointError: if there is no such configuration, or no Flax model that follows it.
 
     Example:
         >>> from circflax.interop import outline_model
@@ -134,7 +135,7 @@ def outline_model(
     """
     config = _read(source) if isinstance(source, str | os.PathLike) else source
     found = _named_class(config) if head == "named" else find_model_class(config, head)
-    model = found(config, dtype=jnp.dtype(dtype), _do_init=False)
+    model = make_model(found, config, dtype=jnp.dtype(dtype))
 
     def shape(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         floating = jnp.issubdtype(leaf.dtype, jnp.floating)
