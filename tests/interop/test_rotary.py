@@ -44,7 +44,7 @@ SETTINGS = {
     "linear": {"rope_scaling": {"type": "linear", "factor": 4.0}},
     "llama3": {"rope_scaling": LLAMA3},
 }
-# Heads are half as many in Llama and Mistral, which have no sizes of heads but this.
+# In Flax the heads of Llama and Mistral share their 32 features; Gemma's have a size of their own.
 HEADS = {"llama": 2, "mistral": 2, "gemma": 4}
 PLAIN = {
     "base": {"rope_theta": 10000.0},
