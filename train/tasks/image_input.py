@@ -113,6 +113,10 @@ def read_input(directory: Path, model: "FlaxPreTrainedModel") -> tuple[ImageInpu
     Raises:
         DataError: If the image processor cannot be read, or does not make what the model takes.
     """
+    if model.config.num_channels != 3:
+        raise DataError(
+            f"`{directory}` takes images of {model.config.num_channels} channels, not 3"
+        )
     sizes = np.broadcast_to(model.config.image_size, 2).tolist()
     taken = f"{sizes[0]} x {sizes[1]}"
     if (directory / PROCESSOR).is_file():

@@ -259,4 +259,4 @@ def _read_rows(rows: "datasets.Dataset", name: str, config: ImagesConfig) -> _La
     files = rows.select_columns([config.image]).cast_column(
         config.image, datasets.Image(decode=False)
     )
-    return _Labelled(name, Rows(files), labels.astype(str))
+    return _Labelled(name, Rows(files, np.arange(len(rows)), name), labels.astype(str))
