@@ -168,7 +168,7 @@ def _read_directory(path: Path, notes: list[str]) -> _Labelled:
     if not paths:
         raise DataError(f"`{path}` has no directories, one for each class")
     if others:
-        notes.append(f"{len(others)} files are no images by their names: {listed(others, 3)}")
+        notes.append(f"left out, as no images by their names: {listed(others, 3)}")
     return _Labelled(f"`{path}`", Files(tuple(paths)), np.asarray(labels))
 
 
