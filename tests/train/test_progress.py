@@ -2,9 +2,10 @@
 
 import io
 
+import pytest
 from rich.console import Console
 
-from train.progress import TrainingProgress, duration
+from train.progress import TrainingProgress, duration, track
 
 
 def test_plain_lines_without_control_characters():
@@ -29,6 +30,14 @@ def test_a_bar_in_a_terminal():
         progress.update(10, loss=0.25, size=10)
     assert "10/10" in output.getvalue()
     assert "loss 0.2500" in output.getvalue()
+
+
+@pytest.mark.parametrize(("terminal", "after"), [(True, 0.0), (True, 60.0), (False, 0.0)])
+def test_a_bar_where_going_through_items_takes_long(terminal, after):
+    output = io.StringIO()
+    console = Console(file=output, force_terminal=terminal, width=80)
+    assert list(track(iter("abc"), 3, "checking", console, after)) == list("abc")
+    assert ("checking" in output.getvalue()) == bool(output.getvalue()) == (terminal and not after)
 
 
 def test_duration():

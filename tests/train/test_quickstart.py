@@ -24,6 +24,7 @@ def test_the_whole_way_on_a_few_examples(tmp_path, capsys) -> None:
         "model.name": MODEL,
         "data.buckets": [64],
         "data.max_train_examples": 64,
+        "data.max_eval_examples": 64,
         "optim.epochs": 1,
         "run.output": tmp_path / "run",
     }

@@ -27,7 +27,7 @@ class PlannedBatch:
 
 @dataclass(frozen=True)
 class Batches:
-    """The batches of one pass, each made when it is asked for.
+    """The batches of one pass, each made when it is asked for, or while the last is in use.
 
     Indexing gives a batch; slicing gives the `Batches` of a part, so that ``batches[k:]`` goes on
     after k batches without making them.
@@ -49,7 +49,7 @@ class Batches:
         return self.make(self.plan[key])
 
     def __iter__(self) -> Iterator[Batch]:
-        # While a batch is in use, a thread makes the next: an accelerator would wait for images.
+        # One ahead, in a thread: an accelerator need not wait while images are decoded.
         with ThreadPoolExecutor(max_workers=1) as thread:
             ahead = None
             for planned in self.plan:

@@ -14,9 +14,8 @@ from train.tasks.batches import Batches
 from train.tasks.task import Evaluation, Runner
 
 CONFUSION = "confusion.png"
-# A picture of more classes cannot be read.
-_MOST_CLASSES = 100
-_MOST_NUMBERED = 20
+# A picture of more classes cannot be read, nor numbers in one of more than a few.
+_MOST_CLASSES, _MOST_NUMBERED = 100, 20
 
 
 def head_config(names: Sequence[str]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import io
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Protocol, Self, TypeVar
 
@@ -93,16 +93,20 @@ class Rows:
     """Images of a dataset of Hugging Face.
 
     Attributes:
-        rows: The dataset; its one column has the contents of the images' files.
+        dataset: Its one column has the contents of the images' files.
+        numbers: The rows to take.
+        of: What to call the dataset in messages.
     """
 
-    rows: "datasets.Dataset"
+    dataset: "datasets.Dataset"
+    numbers: np.ndarray
+    of: str
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.numbers)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        (content,) = self.rows[int(index)].values()
+        (content,) = self.dataset[int(self.numbers[index])].values()
         if content is None:
             raise OSError("there is none")
         file = content["path"] if content["bytes"] is None else io.BytesIO(content["bytes"])
@@ -110,11 +114,11 @@ class Rows:
 
     def take(self, indices: np.ndarray) -> "Rows":
         """The images at these positions."""
-        return Rows(self.rows.select(indices))
+        return replace(self, numbers=self.numbers[indices])
 
     def name(self, index: int) -> str:
         """What an image is called in messages."""
-        return f"image {index + 1} of column `{self.rows.column_names[0]}`"
+        return f"row {self.numbers[index]} of {self.of}"
 
 
 def decode(file: str | Path | BinaryIO, name: str) -> np.ndarray:

@@ -113,14 +113,16 @@ def read_input(directory: Path, model: "FlaxPreTrainedModel") -> tuple[ImageInpu
     Raises:
         DataError: If the image processor cannot be read, or does not make what the model takes.
     """
-    sizes = np.broadcast_to(model.config.image_size, 2).tolist()
-    taken = f"{sizes[0]} x {sizes[1]}"
+    _, *own, channels = model.input_shape
+    taken = f"{own[0]} x {own[1]}"
+    if channels != 3:
+        raise DataError(f"the model in `{directory}` takes images of {channels} channels, not 3")
     if (directory / PROCESSOR).is_file():
         processor, notes = _read_processor(directory), ()
     else:
         from transformers import ViTImageProcessor
 
-        processor = ViTImageProcessor(size=dict(zip(("height", "width"), sizes, strict=True)))
+        processor = ViTImageProcessor(size={"height": own[0], "width": own[1]})
         notes = (
             f"`{directory}` has no `{PROCESSOR}`: images are resized to {taken}, with mean and"
             " deviation 0.5",
@@ -131,7 +133,7 @@ def read_input(directory: Path, model: "FlaxPreTrainedModel") -> tuple[ImageInpu
     if wide.shape != high.shape:
         raise DataError(f"the image processor of `{directory}` does not bring images to one size")
     size = wide.shape[:2]
-    if list(size) != sizes and not _takes(model, size):
+    if list(size) != own and not _takes(model, size):
         raise DataError(
             f"the image processor of `{directory}` makes images of {size[0]} x {size[1]}, but the"
             f" model takes {taken}"

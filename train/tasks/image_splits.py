@@ -168,7 +168,7 @@ def _read_directory(path: Path, notes: list[str]) -> _Labelled:
     if not paths:
         raise DataError(f"`{path}` has no directories, one for each class")
     if others:
-        notes.append(f"{len(others)} files are no images by their names: {listed(others, 3)}")
+        notes.append(f"left out, as no images by their names: {listed(others, 3)}")
     return _Labelled(f"`{path}`", Files(tuple(paths)), np.asarray(labels))
 
 
@@ -259,4 +259,4 @@ def _read_rows(rows: "datasets.Dataset", name: str, config: ImagesConfig) -> _La
     files = rows.select_columns([config.image]).cast_column(
         config.image, datasets.Image(decode=False)
     )
-    return _Labelled(name, Rows(files), labels.astype(str))
+    return _Labelled(name, Rows(files, np.arange(len(rows)), name), labels.astype(str))
