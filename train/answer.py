@@ -178,6 +178,7 @@ def answer_turns(
             generate,
             tokenizer,
             batch_size=len(questions),
+            longest=longest,
             key=jax.random.fold_in(key, turn),
         )
         for i, text in zip(asked, texts, strict=True):

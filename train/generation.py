@@ -77,29 +77,29 @@ def answer(
     tokenizer: "PreTrainedTokenizerFast",
     *,
     batch_size: int,
+    longest: int,
     key: jax.Array,
-    advance: Callable[[int], None] = lambda count: None,
 ) -> list[str]:
     """Generates an answer to each prompt.
 
     Prompts are batched with others of about their length and padded on the left to a power of
-    two, so that few programs are compiled.
+    two, or to the longest there may be, so that few programs are compiled.
 
     Args:
         prompts: Token ids, each (length,).
         generate: The compiled model.
         tokenizer: Turns ids into text.
         batch_size: Prompts of a batch.
+        longest: Tokens that a prompt can have; see `longest_prompt`.
         key: For sampling; each batch gets one of its own.
-        advance: Is told how many more answers there are after each batch.
 
     Returns:
         The answers' texts, without special tokens, in the order of the prompts.
     """
     lengths = np.asarray([len(prompt) for prompt in prompts])
-    buckets = tuple(2**i for i in range(int(lengths.max() - 1).bit_length() + 1))
+    powers = tuple(2**i for i in range((longest - 1).bit_length()))
     answers: list[str] = [""] * len(prompts)
-    for number, planned in enumerate(plan(lengths, batch_size, buckets)):
+    for number, planned in enumerate(plan(lengths, batch_size, (*powers, longest))):
         ids, mask = _pad(prompts, planned, batch_size)
         sequences = np.asarray(generate(ids, mask, jax.random.fold_in(key, number)))
         for place, row in zip(planned.indices, sequences, strict=False):
@@ -107,7 +107,6 @@ def answer(
             ended = np.flatnonzero(new == tokenizer.eos_token_id)
             new = new[: ended[0]] if len(ended) else new
             answers[place] = tokenizer.decode(new, skip_special_tokens=True).strip()
-        advance(len(planned.indices))
     return answers
 
 

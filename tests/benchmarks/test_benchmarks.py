@@ -46,6 +46,33 @@ def test_training_steps_of_every_method_are_measured(tmp_path, capsys) -> None:
         assert f"| {name} " in table
 
 
+def test_throughput_is_measured_beside_the_frozen_model(capsys, monkeypatch) -> None:
+    from benchmarks import throughput
+
+    few = {name: throughput._METHODS[name] for name in ("lora", "cdvft")}
+    monkeypatch.setattr(throughput, "_METHODS", few)
+    assert main(["--suite", "throughput", "--quick"]) == 0
+    table = capsys.readouterr().out
+    assert "kind language, batch 1, length 16, layers 1" in table and "tokens/s" in table
+    for name in (throughput.FORWARD, *few):
+        assert f"| {name} " in table
+
+
+def test_presets_are_compiled_and_counted(capsys, monkeypatch) -> None:
+    from benchmarks import presets
+
+    # Without the TPU compiler; of it alone the numbers would be worth something.
+    monkeypatch.setattr(
+        presets.tpu, "compile_for", lambda _, run, shapes: (run.lower(*shapes).compile(), 0.0)
+    )
+    results = Results(None)
+    presets.run(results, "presets", quick=True)
+    table = presets.table(results.of("presets"))
+    assert "| cdvft/roberta-base/rte | " in table and "55,296" in table
+    cases = [case["preset"] for case in presets.grid(quick=False)]
+    assert len(set(cases)) == len(cases) < len(presets.PRESETS)
+
+
 @pytest.mark.slow
 def test_memory_goes_on_where_it_ended(tmp_path, capsys, monkeypatch) -> None:
     from benchmarks import memory

@@ -91,13 +91,11 @@ def test_a_batch_is_its_prompts_one_by_one(model, tokenizer, plain):
     def generate(ids, mask, key):
         return compiled({}, model.params, ids, mask, key)
 
-    prompts, counted = _prompts(4), []
-    together = answer(
-        prompts, generate, tokenizer, batch_size=2, key=jax.random.key(0), advance=counted.append
-    )
-    assert sum(counted) == 4
+    prompts = _prompts(4)
+    shared = {"longest": 24, "key": jax.random.key(0)}
+    together = answer(prompts, generate, tokenizer, batch_size=2, **shared)
     for prompt, given in zip(prompts, together, strict=True):
-        (alone,) = answer([prompt], generate, tokenizer, batch_size=1, key=jax.random.key(0))
+        (alone,) = answer([prompt], generate, tokenizer, batch_size=1, **shared)
         assert alone == given
         ids = prompt[None]
         expected = np.asarray(compiled({}, model.params, ids, np.ones_like(ids), jax.random.key(0)))
@@ -108,11 +106,14 @@ def test_a_batch_is_its_prompts_one_by_one(model, tokenizer, plain):
 
 def test_an_answer_ends_at_its_end_token(tokenizer):
     def generate(ids, mask, key):
-        assert mask.sum(1).tolist() == [1, 3] and (ids[:, -1] == [9, 5]).all()
+        assert mask.sum(1).tolist() == [1, 5] and (ids[:, -1] == [9, 5]).all()
+        # As long as can be, which is no power of two.
+        assert ids.shape == (2, 6)
         return np.concatenate([ids, [[2, 8, 8, 8], [7, 2, 8, 8]]], 1)
 
-    prompts = [np.asarray([3, 4, 5]), np.asarray([9])]
-    assert answer(prompts, generate, tokenizer, batch_size=2, key=jax.random.key(0)) == ["w7", ""]
+    prompts = [np.asarray([3, 3, 3, 4, 5]), np.asarray([9])]
+    shared = {"batch_size": 2, "longest": 6, "key": jax.random.key(0)}
+    assert answer(prompts, generate, tokenizer, **shared) == ["w7", ""]
 
 
 def test_answers_that_leave_no_room_are_refused(model):

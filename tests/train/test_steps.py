@@ -57,3 +57,19 @@ def test_loss_and_gradients_are_pytorchs(tiny_model, tmp_path, kind) -> None:
 
 def _dtype(numbers: bool):
     return torch.float32 if numbers else torch.int64
+
+
+def test_gradient_checkpointing_changes_no_gradient(tiny_model) -> None:
+    model, base, _ = cf.interop.load_model(tiny_model, "sequence-classification")
+    plan = cf.make_plan(base, cf.AdapterConfig(train=".*"))
+    ids = np.random.default_rng(0).integers(5, 15, (3, 7)).astype(np.int32)
+    batch = {"input_ids": ids, "labels": np.asarray([0, 1, 1], np.int32), "weights": np.ones(3)}
+
+    def gradients(rematerialize: bool):
+        forward = make_forward(model, plan, rematerialize=rematerialize)
+        loss = jax.grad(lambda small: classification.losses(forward(small, base, batch), batch)[0])
+        return str(jax.make_jaxpr(loss)(base)), jax.jit(loss)(base)
+
+    (plain, expected), (recomputed, found) = gradients(False), gradients(True)
+    assert "remat" in recomputed and recomputed.count("remat") > plain.count("remat")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, expected)

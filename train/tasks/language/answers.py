@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 import jax
 
 from train import gsm8k
-from train.generation import Generate, Sampling, answer, longest_prompt
+from train.generation import Generate, answer
 from train.tasks.language.objective import EXACT_MATCH
 from train.tasks.language.tokens import Exchange
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
 FILE_NAME = "answers.jsonl"
 
@@ -63,15 +63,14 @@ class Answered:
 
 
 def choose_exchanges(
-    exchanges: Sequence[Exchange], most: int, config: "PretrainedConfig", sampling: Sampling
+    exchanges: Sequence[Exchange], most: int, longest: int
 ) -> tuple[tuple[Exchange, ...], int]:
     """Chooses what to ask: the first examples whose prompts leave room for the longest answer.
 
     Args:
         exchanges: The examples of a split.
         most: How many to ask.
-        config: The model's configuration.
-        sampling: The length of answers.
+        longest: Tokens that a prompt can have; see `train.generation.longest_prompt`.
 
     Returns:
         The examples, and how many were passed over.
@@ -79,12 +78,11 @@ def choose_exchanges(
     Raises:
         ValueError: If no prompt fits.
     """
-    longest = longest_prompt(config, sampling)
     fitting = [exchange for exchange in exchanges if len(exchange.prompt_ids) <= longest]
     if not fitting:
         raise ValueError(
-            f"no prompt has {longest} tokens or fewer, which `language.max_new_tokens` "
-            f"{sampling.max_new_tokens} leaves of the model's {config.max_position_embeddings}"
+            f"no prompt has {longest} tokens or fewer, as many as `language.max_new_tokens` leaves "
+            "of the model's positions"
         )
     return tuple(fitting[:most]), len(exchanges) - len(fitting)
 
@@ -94,6 +92,7 @@ def answer_all(
     generate: Generate,
     tokenizer: "PreTrainedTokenizerFast",
     batch_size: int,
+    longest: int,
     seed: int,
 ) -> Answered:
     """Has a model answer.
@@ -103,6 +102,7 @@ def answer_all(
         generate: The compiled model.
         tokenizer: Turns its tokens into text.
         batch_size: Prompts at once.
+        longest: Tokens that a prompt can have.
         seed: For sampling.
 
     Returns:
@@ -110,5 +110,5 @@ def answer_all(
     """
     prompts = [exchange.prompt_ids for exchange in exchanges]
     key = jax.random.key(seed)
-    texts = answer(prompts, generate, tokenizer, batch_size=batch_size, key=key)
+    texts = answer(prompts, generate, tokenizer, batch_size=batch_size, longest=longest, key=key)
     return Answered(exchanges, tuple(texts))

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from train.config import Config, LanguageConfig
-from train.generation import Sampling
+from train.generation import Sampling, longest_prompt
 from train.tasks.batches import Batch, Batches
 from train.tasks.language import objective
 from train.tasks.language.answers import answer_all, choose_exchanges
@@ -65,34 +65,27 @@ class LanguageModelling:
         tokenizer = AutoTokenizer.from_pretrained(directory)
         check_tokenizer(tokenizer, model)
         positions = getattr(model.config, "max_position_embeddings", None)
-        length = self._config.language.max_length
+        language = self._config.language
+        length = language.max_length
         if positions is not None and length > positions:
             raise DataError(
                 f"`language.max_length` {length} exceeds the {positions} positions of the model"
             )
         notes = [*self._notes]
         parts, asked = {}, {}
+        longest = longest_prompt(model.config, _sampling(language)) if language.generate else 0
         for name, part in self._parts.items():
             parts[name], found = self._rows(name, part, tokenizer)
             notes += found
-            if self._config.language.generate and name in ("validation", "test"):
-                asked[name], found = self._asked(name, parts[name], model)
-                notes += found
-        return Language(self._config, parts, tokenizer, asked, tuple(notes))
-
-    def _asked(
-        self, name: str, rows: Rows, model: "FlaxPreTrainedModel"
-    ) -> tuple[tuple[Exchange, ...], tuple[str, ...]]:
-        """The examples of a split that answers are generated to, and what is to be said of them."""
-        language, exchanges = self._config.language, rows.encoded.exchanges
-        sampling = _sampling(language)
-        chosen, long = choose_exchanges(exchanges, language.generate, model.config, sampling)
-        if not long:
-            return chosen, ()
-        return chosen, (
-            f"{name}: {long} of {len(exchanges)} prompts leave no room for answers of "
-            f"{sampling.max_new_tokens} tokens, and are not asked",
-        )
+            if language.generate and name in ("validation", "test"):
+                exchanges = parts[name].encoded.exchanges
+                asked[name], long = choose_exchanges(exchanges, language.generate, longest)
+                if long:
+                    notes.append(
+                        f"{name}: {long} of {len(exchanges)} prompts leave no room for answers of "
+                        f"{language.max_new_tokens} tokens, and are not asked"
+                    )
+        return Language(self._config, parts, tokenizer, asked, longest, tuple(notes))
 
     def _rows(
         self, name: str, part: Part, tokenizer: "PreTrainedTokenizerFast"
@@ -121,6 +114,7 @@ class Language:
         parts: The rows of each split.
         tokenizer: The model's.
         asked: The examples of a split that answers are generated to.
+        longest: Tokens that the prompts of these can have.
         notes: Sentences on the splits, on what was cut and left out, and on packing.
     """
 
@@ -128,6 +122,7 @@ class Language:
     parts: Mapping[str, Rows]
     tokenizer: "PreTrainedTokenizerFast"
     asked: Mapping[str, tuple[Exchange, ...]]
+    longest: int
     notes: tuple[str, ...]
 
     unit = "tokens"
@@ -176,8 +171,14 @@ class Language:
         evaluation = objective.evaluate(self.parts[split].batches(size), runner)
         if split not in self.asked:
             return evaluation
-        seed = self.config.run.seed
-        answered = answer_all(self.asked[split], runner.generate, self.tokenizer, size, seed)
+        answered = answer_all(
+            self.asked[split],
+            runner.generate,
+            self.tokenizer,
+            size,
+            self.longest,
+            self.config.run.seed,
+        )
         metrics = evaluation.metrics | answered.metrics(_has_numbers(self.config.language))
         return Evaluation(metrics, evaluation.loss, answered.save)
 
