@@ -133,7 +133,7 @@ def run(results: Results, suite: str, cases: Sequence[Record], rounds: int) -> N
             }
             state, shapes, batch, _ = step.arguments
             base = random_arrays(shapes) if base is None else base
-            functions[name] = _runner(compiled, random_arrays(state), base, random_arrays(batch))
+            functions[name] = runner(compiled, random_arrays(state), base, random_arrays(batch))
         print("timing …")
         timings = time_interleaved(functions, rounds=rounds, budget=60.0)
         for name, timing in timings.items():
@@ -154,7 +154,8 @@ def random_arrays(shapes: Any) -> Any:
     return jax.tree.unflatten(tree, arrays)
 
 
-def _runner(compiled: Any, state: TrainState, base: Any, batch: Any) -> Callable[[], None]:
+def runner(compiled: Any, state: TrainState, base: Any, batch: Any) -> Callable[[], None]:
+    """A function that makes one compiled step, each on the state that the last one left."""
     rng = jax.random.key(0)
 
     def run() -> None:

@@ -9,7 +9,7 @@ from rich.progress import track
 import circflax as cf
 from benchmarks import runs
 from benchmarks.results import Record, Results, by_case, markdown_table, milliseconds
-from benchmarks.steps import random_arrays
+from benchmarks.steps import random_arrays, runner
 from train.config import (
     AdapterConfig,
     Config,
@@ -86,8 +86,8 @@ def run(results: Results, suite: str, quick: bool, rounds: int) -> None:
             )
             step = runs.make_step(config, outline, case["length"])
             state, _, batch, _ = step.arguments
-            arrays = random_arrays(batch)
-            functions[name] = _step(step, random_arrays(state), base, arrays)
+            compiled = step.run.lower(*step.arguments).compile()
+            functions[name] = runner(compiled, random_arrays(state), base, random_arrays(batch))
         timings = time_interleaved(functions, rounds=rounds, budget=60.0)
         measured = {
             name: timing._asdict() | {"a_second": units / timing.median, "unit": unit}
@@ -99,18 +99,6 @@ def run(results: Results, suite: str, quick: bool, rounds: int) -> None:
 def _forward(outline: cf.interop.Outline, base: Any, batch: Any) -> Callable[[], None]:
     compiled = jax.jit(outline.run).lower(base, batch).compile()
     return lambda: jax.block_until_ready(compiled(base, batch))
-
-
-def _step(step: runs.Step, state: Any, base: Any, batch: Any) -> Callable[[], None]:
-    compiled = step.run.lower(*step.arguments).compile()
-    rng = jax.random.key(0)
-
-    def run() -> None:
-        nonlocal state
-        state, loss = compiled(state, base, batch, rng)
-        jax.block_until_ready((state, loss))
-
-    return run
 
 
 def table(records: Sequence[Record]) -> str:

@@ -10,8 +10,8 @@ os.environ.setdefault("USE_TF", "0")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 from train import settings
+from train.failures import exit_code
 from train.run import run
-from train.trainer import TrainingError
 
 
 def main(argv: list[str]) -> int:
@@ -21,25 +21,14 @@ def main(argv: list[str]) -> int:
         argv: Command-line arguments.
 
     Returns:
-        The exit code: 0, 1 if training failed, 2 if settings, data or model do not fit.
+        The exit code; see `train.failures.exit_code`.
     """
-    try:
+
+    def command() -> int:
         run(settings.load(argv))
-    except TrainingError as error:
-        return _fail(error, 1)
-    except OSError as error:
-        where = f" (`{error.filename}`)" if error.filename else ""
-        return _fail(f"{error.strerror or error}{where}", 1)
-    except ValueError as error:
-        return _fail(error, 2)
-    except KeyboardInterrupt:
-        return _fail("interrupted; the same command goes on from the last checkpoint.", 130)
-    return 0
+        return 0
 
-
-def _fail(message: object, code: int) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return code
+    return exit_code(command, "the same command goes on from the last checkpoint")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from rich.console import Console
 import circflax as cf
 from train import settings
 from train.config import ConfigError
+from train.failures import exit_code
 from train.generation import Generate, Sampling, answer, longest_prompt
 from train.progress import CountProgress
 from train.run import CONFIG
@@ -70,8 +71,7 @@ def main(argv: list[str]) -> int:
         argv: Command-line arguments.
 
     Returns:
-        The exit code: 0, 1 if the answers cannot be written, 2 if run and questions do not fit,
-        130 if interrupted.
+        The exit code; see `train.failures.exit_code`.
     """
     parser = argparse.ArgumentParser(prog="python -m train.answer", description=__doc__)
     parser.add_argument("run", type=Path, help="directory of a finished run of a language model")
@@ -82,16 +82,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--temperature", type=float, help="None is FastChat's, by category")
     parser.add_argument("--batch-size", type=int, default=8, help="questions answered at once")
     parser.add_argument("--seed", type=int, default=0, help="seed of sampling")
-    try:
-        _run(parser.parse_args(argv), Console())
-    except OSError as error:
-        where = f" (`{error.filename}`)" if error.filename else ""
-        return _fail(f"{error.strerror or error}{where}", 1)
-    except ValueError as error:
-        return _fail(error, 2)
-    except KeyboardInterrupt:
-        return _fail("interrupted; the same command goes on with what is left.", 130)
-    return 0
+    options = parser.parse_args(argv)
+    return exit_code(lambda: _run(options, Console()), "the same command goes on with what is left")
 
 
 def read_questions(path: Path) -> list[Question]:
@@ -186,7 +178,7 @@ def answer_turns(
     return answers, cut
 
 
-def _run(options: argparse.Namespace, console: Console) -> None:
+def _run(options: argparse.Namespace, console: Console) -> int:
     from transformers import AutoTokenizer
 
     questions, answered = read_questions(options.questions), read_answered(options.output)
@@ -234,6 +226,7 @@ def _run(options: argparse.Namespace, console: Console) -> None:
         progress.say(f"wrote {options.output}")
         if cut:
             progress.say(f"prompts whose beginning was cut off to fit the model: {cut}")
+    return 0
 
 
 def _write(
@@ -250,11 +243,6 @@ def _write(
         }
         file.write(json.dumps(record, ensure_ascii=False) + "\n")
     file.flush()
-
-
-def _fail(message: object, code: int) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return code
 
 
 if __name__ == "__main__":

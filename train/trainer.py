@@ -20,6 +20,7 @@ from circflax.tree import Path as LeafPath
 from train import metrics
 from train.checkpoints import Checkpoints, Progress
 from train.config import Config
+from train.failures import TrainingError
 from train.log import MetricsLog
 from train.optimizer import make_optimizer
 from train.parts import learning_rate
@@ -31,10 +32,6 @@ if TYPE_CHECKING:
     from transformers import FlaxPreTrainedModel
 
 CHECKPOINTS = "checkpoints"
-
-
-class TrainingError(RuntimeError):
-    """A run that cannot go on; the message is one sentence."""
 
 
 @dataclass

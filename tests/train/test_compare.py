@@ -18,7 +18,7 @@ from train.compare.grid import Cell, Grid, MethodConfig, SearchConfig, TaskConfi
 from train.compare.outcomes import gather
 from train.compare.records import Records
 from train.config import ConfigError, DataConfig, ModelConfig, OptimConfig
-from train.trainer import TrainingError
+from train.failures import TrainingError
 
 RATES, HEADS = (0.1, 1.0), (0.01,)
 

@@ -18,12 +18,12 @@ from train import settings, steps, trainer
 from train.__main__ import main
 from train.checkpoints import Checkpoints, Progress
 from train.config import OptimConfig
+from train.failures import TrainingError
 from train.optimizer import make_optimizer, make_rates, make_schedule
 from train.parts import learning_rate
 from train.run import run
 from train.steps import TrainState
 from train.tasks import classification
-from train.trainer import TrainingError
 
 # Hyperparameters that fit layers of 16 by 16.
 METHODS = {

@@ -20,6 +20,7 @@ from train.compare.bench import Bench
 from train.compare.grid import Grid
 from train.compare.outcomes import Outcome, gather
 from train.config import ConfigError
+from train.failures import exit_code
 
 TABLE, CSV = "table.md", "table.csv"
 AGAIN = "the same command goes on from there"
@@ -32,18 +33,10 @@ def main(argv: list[str]) -> int:
         argv: Command-line arguments.
 
     Returns:
-        The exit code: 0, 1 if a cell failed, 2 if settings, data or model do not fit, 130 if
-        interrupted.
+        The exit code: 1 if a cell failed; for others see `train.failures.exit_code`.
     """
-    try:
-        return _run(argv, Console())
-    except OSError as error:
-        where = f" (`{error.filename}`)" if error.filename else ""
-        return _fail(f"{error.strerror or error}{where}", 1)
-    except ValueError as error:
-        return _fail(error, 2)
-    except KeyboardInterrupt:
-        return _fail(f"interrupted; finished cells are recorded, and {AGAIN}.", 130)
+    again = f"finished cells are recorded, and {AGAIN}"
+    return exit_code(lambda: _run(argv, Console()), again)
 
 
 def _run(argv: Sequence[str], console: Console) -> int:
@@ -124,11 +117,6 @@ def _note(console: Console, *notices: str) -> None:
 
 def _say(console: Console, message: str) -> None:
     console.print(message, highlight=False, markup=False, soft_wrap=True)
-
-
-def _fail(message: object, code: int) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return code
 
 
 if __name__ == "__main__":

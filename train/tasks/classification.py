@@ -18,6 +18,42 @@ CONFUSION = "confusion.png"
 _MOST_CLASSES, _MOST_NUMBERED = 100, 20
 
 
+class Labelled:
+    """What workloads of labelled examples share; see `train.tasks.task.Workload`.
+
+    Attributes:
+        label_names: The classes; none for regression.
+    """
+
+    label_names: tuple[str, ...]
+
+    compared = ()
+    generation = None
+
+    def eval_batches(self, split: str) -> Batches:
+        """The batches of a split, to be predicted."""
+        raise NotImplementedError
+
+    def labels(self, split: str) -> np.ndarray:
+        """The labels of a split's examples."""
+        raise NotImplementedError
+
+    def losses(
+        self, logits: jax.Array, batch: Mapping[str, jax.Array]
+    ) -> tuple[jax.Array, jax.Array]:
+        """See `losses` beside this class."""
+        return losses(logits, batch)
+
+    def rows(self, logits: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
+        """The logits as they are."""
+        del batch
+        return logits
+
+    def evaluate(self, split: str, runner: Runner) -> Evaluation:
+        """See `evaluate` beside this class."""
+        return evaluate(self.eval_batches(split), self.labels(split), self.label_names, runner)
+
+
 def head_config(names: Sequence[str]) -> dict[str, Any]:
     """What of a model's configuration a head for these labels needs.
 

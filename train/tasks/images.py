@@ -15,7 +15,6 @@ from train.tasks.batches import Batch, Batches, PlannedBatch, filled, plan, weig
 from train.tasks.image_files import Arrays, in_threads
 from train.tasks.image_input import BOX_NUMBERS, ImageInput, random_box, read_input
 from train.tasks.image_splits import Split, load_splits
-from train.tasks.task import Evaluation, Runner
 
 if TYPE_CHECKING:
     from transformers import FlaxPreTrainedModel
@@ -64,7 +63,7 @@ class ImageClassification:
 
 
 @dataclass(frozen=True)
-class Images:
+class Images(classification.Labelled):
     """Images with classes for a model; see `train.tasks.task.Workload`.
 
     Attributes:
@@ -82,8 +81,6 @@ class Images:
     notes: tuple[str, ...]
 
     unit = "images"
-    compared = ()
-    generation = None
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -116,21 +113,9 @@ class Images:
         """The images' values; as bytes they are a quarter of the size on their way here."""
         return {"pixel_values": self.input.pixel_values(batch["images"])}
 
-    def losses(
-        self, logits: jax.Array, batch: Mapping[str, jax.Array]
-    ) -> tuple[jax.Array, jax.Array]:
-        """See `train.tasks.classification.losses`."""
-        return classification.losses(logits, batch)
-
-    def rows(self, logits: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
-        """The logits as they are."""
-        del batch
-        return logits
-
-    def evaluate(self, split: str, runner: Runner) -> Evaluation:
-        """See `train.tasks.classification.evaluate`."""
-        batches, labels = self.eval_batches(split), self.parts[split].labels
-        return classification.evaluate(batches, labels, self.label_names, runner)
+    def labels(self, split: str) -> np.ndarray:
+        """The labels of a split's examples."""
+        return self.parts[split].labels
 
 
 @dataclass(frozen=True)

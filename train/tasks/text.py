@@ -15,7 +15,6 @@ from train.tasks import classification
 from train.tasks.batches import Batch, Batches, PlannedBatch, filled, plan, weights
 from train.tasks.records import DataError, field_of, read_records
 from train.tasks.splits import Given, Splits, complete, listed, sorted_names
-from train.tasks.task import Evaluation, Runner
 
 if TYPE_CHECKING:
     from transformers import FlaxPreTrainedModel, PreTrainedTokenizerFast
@@ -103,7 +102,7 @@ class TextClassification:
 
 
 @dataclass(frozen=True)
-class Texts:
+class Texts(classification.Labelled):
     """Tokenized texts with labels; see `train.tasks.task.Workload`.
 
     Attributes:
@@ -119,8 +118,6 @@ class Texts:
     notes: tuple[str, ...]
 
     unit = "tokens"
-    compared = ()
-    generation = None
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -154,21 +151,9 @@ class Texts:
         """The batch as it is."""
         return dict(batch)
 
-    def losses(
-        self, logits: jax.Array, batch: Mapping[str, jax.Array]
-    ) -> tuple[jax.Array, jax.Array]:
-        """See `train.tasks.classification.losses`."""
-        return classification.losses(logits, batch)
-
-    def rows(self, logits: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
-        """The logits as they are."""
-        del batch
-        return logits
-
-    def evaluate(self, split: str, runner: Runner) -> Evaluation:
-        """See `train.tasks.classification.evaluate`."""
-        batches, labels = self.eval_batches(split), self.encoded[split].labels
-        return classification.evaluate(batches, labels, self.label_names, runner)
+    def labels(self, split: str) -> np.ndarray:
+        """The labels of a split's examples."""
+        return self.encoded[split].labels
 
 
 @dataclass(frozen=True)
