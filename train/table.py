@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
+from train.metrics import PERPLEXITY
 from train.report import RESULTS
 
 
@@ -17,7 +18,8 @@ def table(directories: Sequence[Path]) -> str:
             shows their median.
 
     Returns:
-        Markdown. Scores are those of the metric that chose the best epoch, times 100.
+        Markdown. Scores are those of the metric that chose the best epoch, times 100 unless it
+        is a perplexity.
 
     Raises:
         ValueError: If a directory holds no finished run.
@@ -39,12 +41,13 @@ def table(directories: Sequence[Path]) -> str:
         metric = first["metric"]
         epochs = ", ".join(str(run["best_epoch"]) for run in runs)
         seeds = ", ".join(str(run["seed"]) for run in runs)
+        scale = 1 if metric == PERPLEXITY else 100
         test = [run["test"][metric] for run in runs if run["test"]]
         lines.append(
             f"| {task} | {method} | {first['trainable']['adapters']:,} |"
             f" {first['trainable']['in full']:,} | {metric} |"
-            f" {100 * median(run['validation'][metric] for run in runs):.2f} |"
-            f" {f'{100 * median(test):.2f}' if test else 'none'} | {seeds} | {epochs} |"
+            f" {scale * median(run['validation'][metric] for run in runs):.2f} |"
+            f" {f'{scale * median(test):.2f}' if test else 'none'} | {seeds} | {epochs} |"
             f" {median(run['seconds'] for run in runs) / 60:.1f} |"
         )
     return "\n".join(lines)

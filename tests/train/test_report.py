@@ -2,11 +2,12 @@
 
 import dataclasses
 import io
+import json
 
 import pytest
 from rich.console import Console
 
-from train import log, report
+from train import log, report, table
 
 SUMMARY = report.Summary(
     task="a|b.tsv",
@@ -68,3 +69,16 @@ def test_the_table_fits_80_columns():
     assert max(map(len, lines)) <= 80
     assert "0.7500" in output.getvalue()
     assert "…" not in output.getvalue()
+
+
+@pytest.mark.parametrize(("metric", "shown"), [("accuracy", "70.00"), ("perplexity", "0.70")])
+def test_a_table_of_runs_scales_all_but_perplexities(tmp_path, metric, shown):
+    results = dataclasses.asdict(SUMMARY) | {
+        "metric": metric,
+        "trainable": {"adapters": 5, "in full": 6},
+        "validation": {metric: 0.75},
+        "test": {metric: 0.7},
+    }
+    (tmp_path / report.RESULTS).write_text(json.dumps(results))
+    row = table.table([tmp_path]).splitlines()[-1]
+    assert f"| {metric} | " in row and f"| {shown} | 3 | 2 |" in row
