@@ -49,6 +49,8 @@ def run(config: Config, console: Console | None = None) -> report.Summary:
     settings.save(config, directory / CONFIG)
     trainer = Trainer(config, model, base, plan, loaded.initialised, workload, task.metric)
     untrained = trainer.start()[0].small
+    if workload.compared:
+        console.print(f"measuring {', '.join(workload.compared)} before the training")
     before = {name: trainer.evaluate(untrained, name) for name in workload.compared}
     best, progress = trainer.train(directory, console)
     last = "test" if "test" in workload.splits else "validation"
