@@ -54,8 +54,6 @@ _BART = dict(
     d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=48, encoder_layers=1
 )
 _OPT = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=48)
-_XGLM = dict(d_model=32, num_layers=2, attention_heads=4, ffn_dim=48)
-_GPTJ = dict(n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=32)
 _GPT_NEO = dict(
     hidden_size=32,
     num_layers=2,
@@ -65,14 +63,12 @@ _GPT_NEO = dict(
     max_position_embeddings=32,
 )
 DECODERS = (
-    *(architecture(id) for id in ("gpt2", "llama", "mistral", "gemma")),
-    Decoder("gptj", "FlaxGPTJForCausalLM", "GPTJConfig", _GPTJ),
+    *(architecture(id) for id in ("gpt2", "llama", "mistral")),
     Decoder("gpt_neo", "FlaxGPTNeoForCausalLM", "GPTNeoConfig", _GPT_NEO),
     Decoder("opt", "FlaxOPTForCausalLM", "OPTConfig", {**_OPT, "max_position_embeddings": 32}),
-    Decoder("xglm", "FlaxXGLMForCausalLM", "XGLMConfig", {**_XGLM, "max_position_embeddings": 32}),
     Decoder("bart", "FlaxBartForCausalLM", "BartConfig", {**_BART, "max_position_embeddings": 32}),
 )
-_ALIKE = ("mistral", "gemma", "gptj", "xglm")
+_ALIKE = ("mistral",)
 
 
 @functools.cache

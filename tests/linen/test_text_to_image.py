@@ -11,11 +11,9 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from circflax import (
-    BCA,
     C3A,
     CDVFT,
     AdapterConfig,
-    LoRA,
     combine,
     init_adapters,
     make_plan,
@@ -27,7 +25,7 @@ from tests.linen.models import with_something
 
 diffusers = pytest.importorskip("diffusers", "0.35")
 
-METHODS = [CDVFT(), C3A(), BCA(p=8), LoRA(r=2)]
+METHODS = [CDVFT(), C3A()]
 over_methods = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out_0")
 # Down, in the middle, and twice on the way up: each attends to the image and to the text.
