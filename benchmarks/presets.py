@@ -50,27 +50,37 @@ def run(results: Results, suite: str, quick: bool) -> None:
         length = None if config.images.given else config.examples.max_length
         peaks, step = {}, None
         for layers in (1, 2) if quick else _LAYERS:
-            step = runs.make_step(config, _outline(config, model, layers), length)
+            step = runs.make_step(config, outline(config, model, layers), length)
             compiled, _ = tpu.compile_for(tpu.CHIPS[CHIP], step.run, step.arguments)
             peaks[layers] = cf.costs.peak_memory(compiled)
-        whole = _outline(config, model, None)
+        whole = outline(config, model)
         adapters = runs.make_step(config, whole, length).adapters
         measured = {"peak": _at(peaks, whole.model.config.num_hidden_layers), "adapters": adapters}
         measured |= {"batch": config.optim.batch_size, "parts": config.optim.accumulation_steps}
         results.add(suite, case, {name: measured | {"length": length}})
 
 
-def _outline(config: Config, model: str, layers: int | None) -> cf.interop.Outline:
+def outline(config: Config, model: str, layers: int | None = None) -> cf.interop.Outline:
+    """A preset's model without weights, in the types of its settings.
+
+    Args:
+        config: the settings.
+        model: the model's name in the preset's.
+        layers: how many blocks; None has as many as the model has.
+
+    Returns:
+        The model and the shapes of its parameters.
+    """
     import transformers
 
     kind, fields = papers.MODELS[_MODELS.get(model, model)]
     fields = dict(fields) if layers is None else {**fields, "num_hidden_layers": layers}
     model_config = getattr(transformers, kind)(**fields)
-    outline = cf.interop.outline_model(model_config, dtype=config.model.compute_dtype)
+    made = cf.interop.outline_model(model_config, dtype=config.model.compute_dtype)
     cast = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, config.model.param_dtype), outline.params
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, config.model.param_dtype), made.params
     )
-    return replace(outline, params=cast)
+    return replace(made, params=cast)
 
 
 def _at(peaks: dict[int, int], layers: int) -> int:

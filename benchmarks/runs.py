@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 import circflax as cf
 from benchmarks.results import Record
+from benchmarks.steps import first_state
 from train.config import Config
 from train.optimizer import make_optimizer
 from train.parts import learning_rate, make_plan
@@ -47,18 +48,13 @@ def make_step(config: Config, outline: cf.interop.Outline, length: int | None) -
     base = outline.params
     plan = make_plan(config, model, base, outline.new_leaves)
     optimizer = make_optimizer(optim, learning_rate(config), plan, steps=100)
-
-    def start(key: jax.Array, base: Any) -> TrainState:
-        small = cf.init_adapters(key, plan, base)
-        return TrainState(small, optimizer.init(small), jnp.zeros((), jnp.int32))
-
-    key = jax.eval_shape(jax.random.key, 0)
-    state = jax.eval_shape(start, key, base)
+    state = first_state(plan, optimizer, base)
     forward = make_forward(model, plan, rematerialize=config.model.gradient_checkpointing)
     losses = objective.losses if config.language.given else classification.losses
     run = make_train_step(forward, losses, optimizer, optim.accumulation_steps)
     batch = _batch(config, outline, length)
     counted = cf.summarize(base, plan)
+    key = jax.eval_shape(jax.random.key, 0)
     return Step(run, (state, base, batch, key), counted.adapter_parameters)
 
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from rich.progress import track
 
 import circflax as cf
@@ -100,12 +101,7 @@ def make_step(case: Record, adapter: cf.AdapterConfig) -> Step:
     layouts = cf.linen.find_layouts(lambda params: model(tokens, params=params), base)
     plan = cf.make_plan(base, adapter, layouts)
     optimizer = make_optimizer(OptimConfig(), 0.1, plan, steps=100)
-
-    def start(key: jax.Array, base: Any) -> TrainState:
-        small = cf.init_adapters(key, plan, base)
-        return TrainState(small, optimizer.init(small), jnp.zeros((), jnp.int32))
-
-    state = jax.eval_shape(start, key, base)
+    state = first_state(plan, optimizer, base)
     integers = jax.ShapeDtypeStruct(ids, jnp.int32)
     batch = {
         "input_ids": integers,
@@ -116,6 +112,16 @@ def make_step(case: Record, adapter: cf.AdapterConfig) -> Step:
     forward = make_forward(model, plan)
     run = make_train_step(forward, classification.losses, optimizer, accumulation_steps=1)
     return Step(run, (state, base, batch, jax.eval_shape(jax.random.key, 0)), plan)
+
+
+def first_state(plan: cf.Plan, optimizer: optax.GradientTransformation, base: Any) -> TrainState:
+    """Shapes of the state before the first update, from shapes of the base model."""
+
+    def start(key: jax.Array, base: Any) -> TrainState:
+        small = cf.init_adapters(key, plan, base)
+        return TrainState(small, optimizer.init(small), jnp.zeros((), jnp.int32))
+
+    return jax.eval_shape(start, jax.random.key(0), base)
 
 
 def run(results: Results, suite: str, cases: Sequence[Record], rounds: int) -> None:

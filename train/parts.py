@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import jax
 import jax.numpy as jnp
 
 import circflax as cf
@@ -124,14 +123,6 @@ def make_plan(
         overrides=overrides,
         train=train,
     )
-    layouts = cf.linen.find_layouts(lambda params: model(_example(model), params=params), base)
+    layouts = cf.interop.Outline(model, base).layouts()
     plan = cf.make_plan(base, chosen, layouts)
     return cf.allocate_ranks(base, plan) if adapter.method == LAMDA_PP else plan
-
-
-def _example(model: "FlaxPreTrainedModel") -> jax.Array:
-    """The smallest input that shows what a model's layers compute."""
-    if model.main_input_name == "pixel_values":
-        batch, height, width, channels = model.input_shape
-        return jnp.zeros((batch, channels, height, width))
-    return jnp.zeros((1, 8), jnp.int32)

@@ -260,12 +260,12 @@ def _compiled(
     workload: Workload,
     optimizer: optax.GradientTransformation,
 ) -> Compiled:
-    forward = make_forward(model, plan, workload.inputs)
-    training = make_forward(model, plan, workload.inputs, config.model.gradient_checkpointing)
+    # Without a gradient to compute, recomputing changes nothing: one function serves both.
+    forward = make_forward(model, plan, workload.inputs, config.model.gradient_checkpointing)
     steps = config.optim.accumulation_steps
     settings = workload.generation
     return Compiled(
-        train_step=make_train_step(training, workload.losses, optimizer, steps),
+        train_step=make_train_step(forward, workload.losses, optimizer, steps),
         predict=jax.jit(
             lambda small, base, batch: workload.rows(forward(small, base, batch), batch)
         ),

@@ -16,6 +16,7 @@ import numpy as np
 from flax import linen as nn
 
 from circflax.interop._tensors import CheckpointError
+from circflax.linen._replaced import replaced
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -144,12 +145,7 @@ class _Rotate:
     ) -> Any:
         module = context.module
         # Made in the module's setup, which has run by now.
-        own = vars(module).get("sincos")
-        if context.method_name != "__call__" or own is None:
+        if context.method_name != "__call__" or vars(module).get("sincos") is None:
             return layer(*args, **kwargs)
-        # Linen freezes a module after its setup; its table is back before anyone else looks.
-        object.__setattr__(module, "sincos", self._table)
-        try:
+        with replaced(module, "sincos", self._table):
             return layer(*args, **kwargs)
-        finally:
-            object.__setattr__(module, "sincos", own)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from circflax.linen._inputs import first_input
+from circflax.linen._replaced import replaced
 
 R = TypeVar("R")
 
@@ -104,12 +105,8 @@ class _Separate:
         self._check(module, first_input(args, kwargs))
         length = self._shape[1]
         mask = jnp.logical_and(causal[:, :, :length, :length], self._same).astype(causal.dtype)
-        # Linen freezes a module after its setup; the mask is back before anyone else looks.
-        object.__setattr__(module, "causal_mask", mask)
-        try:
+        with replaced(module, "causal_mask", mask):
             return layer(*args, **kwargs)
-        finally:
-            object.__setattr__(module, "causal_mask", causal)
 
     def _check(self, module: nn.Module, x: jax.Array) -> None:
         name = "/".join(module.path)

@@ -7,36 +7,17 @@ import jax
 import pytest
 
 import circflax as cf
+from benchmarks import presets
 from circflax import make_method
 from circflax.methods import PRESETS
 from train import settings
 from train.compare.grid import Grid
-from train.config import Config
 from train.parts import LAMDA_PP, TRAINED, make_plan
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 COMPARISONS = sorted((CONFIGS / "compare").glob("*.yaml"))
 RUNS = sorted(set(CONFIGS.rglob("*.yaml")) - set(COMPARISONS))
 
-# The models' own configurations, as their repositories have them.
-ROBERTA = {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1}
-LARGE = {
-    "hidden_size": 1024,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "intermediate_size": 4096,
-}
-MODELS = {
-    "FacebookAI/roberta-base": ("RobertaConfig", ROBERTA, "sequence-classification"),
-    "FacebookAI/roberta-large": ("RobertaConfig", ROBERTA | LARGE, "sequence-classification"),
-    "google/vit-base-patch16-224-in21k": ("ViTConfig", {}, "image-classification"),
-    "meta-llama/Llama-2-7b-hf": ("LlamaConfig", {}, "causal-lm"),
-    "meta-llama/Meta-Llama-3-8B": (
-        "LlamaConfig",
-        {"vocab_size": 128256, "intermediate_size": 14336, "num_key_value_heads": 8},
-        "causal-lm",
-    ),
-}
 # Adapter parameters: C3A's and CDVFT's of RoBERTa and ViT, and BCA's of LLaMA on query and value,
 # are printed in the papers; the others follow from the papers' formulas.
 PARAMETERS = {
@@ -59,21 +40,6 @@ PARAMETERS = {
 }
 
 
-def _load(name: str) -> Config:
-    """A preset's configuration, from its file."""
-    method, model, task = name.replace("-", "_").split("/")
-    folder = {"roberta_base": "glue", "roberta_large": "glue", "vit_base": "images"}
-    path = CONFIGS / folder.get(model, "language") / f"{model}_{task}_{method}.yaml"
-    return settings.load(["--config", str(path)])
-
-
-def _outline(model: str, **changes: int) -> cf.interop.Outline:
-    import transformers
-
-    kind, fields, head = MODELS[model]
-    return cf.interop.outline_model(getattr(transformers, kind)(**fields | changes), head)
-
-
 @pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.stem)
 def test_a_comparison_loads_and_names_methods(path: Path) -> None:
     grid = settings.load(["--config", str(path)], Grid)
@@ -93,13 +59,13 @@ def test_every_preset_has_a_config_and_every_such_config_a_preset() -> None:
     folders = ("glue", "images", "language")
     files = [path for folder in folders for path in (CONFIGS / folder).glob("*.yaml")]
     own = {settings.load(["--config", str(path)]).run.output for path in files}
-    assert {_load(name).run.output for name in PRESETS} <= own
+    assert {presets.load(name).run.output for name in PRESETS} <= own
     assert {path.read_text().startswith("# ") for path in files} == {True}
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_presets_config_is_the_preset(name: str) -> None:
-    preset, config = PRESETS[name], _load(name)
+    preset, config = PRESETS[name], presets.load(name)
     data = {preset.task} & {config.data.task, config.language.format}
     assert config.model.name == preset.model
     assert data or preset.task in config.images.dataset
@@ -116,19 +82,21 @@ def test_a_presets_config_is_the_preset(name: str) -> None:
         assert config.examples.max_length == preset.max_length
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
-def test_presets_count_their_parameters_as_in_the_papers(name: str) -> None:
-    (preset,) = (p for key, p in PRESETS.items() if key.startswith(name) and _first(key, name))
-    outline = _outline(preset.model)
+@pytest.mark.parametrize(("name", "expected"), PARAMETERS.items())
+def test_presets_count_their_parameters_as_in_the_papers(name: str, expected: int) -> None:
+    name = _first(name)
+    preset, model = PRESETS[name], name.split("/")[1]
+    outline = presets.outline(presets.load(name), model)
     config = cf.AdapterConfig(
         method=preset.method, targets=preset.targets, overrides=dict(preset.overrides)
     )
     plan = cf.make_plan(outline.params, config)
-    assert cf.costs.count(outline.params, plan).adapter_parameters == PARAMETERS[name]
+    assert cf.costs.count(outline.params, plan).adapter_parameters == expected
 
 
-def _first(key: str, name: str) -> bool:
-    return key == next(other for other in PRESETS if other.startswith(name))
+def _first(name: str) -> str:
+    """The first preset whose name begins so."""
+    return next(key for key in PRESETS if key.startswith(name))
 
 
 @pytest.mark.slow
@@ -138,9 +106,9 @@ def _first(key: str, name: str) -> bool:
 )
 def test_presets_build_and_compile(name: str) -> None:
     """The whole step of one layer at the model's own widths, in the config's own types."""
-    config = _load(next(key for key in PRESETS if key.startswith(name)))
+    config = presets.load(_first(name))
     one = dataclasses.replace(config, adapter=dataclasses.replace(config.adapter, layers=(0,)))
-    outline = _outline(config.model.name, num_hidden_layers=1)
+    outline = presets.outline(config, name.split("/")[1], layers=1)
     plan = make_plan(one, outline.model, outline.params, outline.new_leaves)
     costs = cf.costs.estimate(outline.run, outline.params, outline.inputs(1, 16), plan)
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(outline.params))

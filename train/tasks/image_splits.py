@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from train.config import DIGITS, ImagesConfig
+from train.tasks.hub import load_dataset
 from train.tasks.image_files import Arrays, Files, ImageSource, Rows, find_broken
 from train.tasks.records import DataError
 from train.tasks.splits import Given, Splits, complete, listed, sorted_names
@@ -217,14 +218,7 @@ def _read_digits() -> tuple[dict[str, _Labelled], list[str]]:
 
 
 def _read_hub(name: str, config: ImagesConfig) -> tuple[dict[str, _Labelled], list[str]]:
-    import datasets
-
-    try:
-        dataset = datasets.load_dataset(name)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(
-            f"cannot load the dataset `{name}` from the Hub: {' '.join(str(error).split())}"
-        ) from error
+    dataset = load_dataset(f"the dataset `{name}`", name)
     if "train" not in dataset:
         raise DataError(f"the dataset `{name}` has no split `train`, but {listed(list(dataset))}")
     sources, notes = {}, []

@@ -13,6 +13,7 @@ from train import docstrings, glue, metrics
 from train.config import Config, DataConfig
 from train.tasks import classification
 from train.tasks.batches import Batch, Batches, PlannedBatch, filled, plan, weights
+from train.tasks.hub import load_dataset
 from train.tasks.records import DataError, field_of, read_records
 from train.tasks.splits import Given, Splits, complete, listed, sorted_names
 
@@ -317,15 +318,8 @@ def collate(encoded: Encoded, planned: PlannedBatch, batch_size: int) -> Batch:
 
 
 def _load_glue(task: str) -> Given[Split]:
-    import datasets
-
     spec = glue.TASKS[task]
-    try:
-        dataset = datasets.load_dataset(glue.DATASET, task)
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"cannot load GLUE task `{task}` from the Hub: {' '.join(str(error).split())}"
-        ) from error
+    dataset = load_dataset(f"GLUE task `{task}`", glue.DATASET, task)
 
     def split(name: str) -> Split:
         part = dataset[name]

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from train.config import LanguageConfig
+from train.tasks.hub import load_dataset
 from train.tasks.language.formats import TEXT, Examples, read_examples, text_of
 from train.tasks.records import DataError, Record, read_records, read_text
 from train.tasks.splits import Given, complete, sample
@@ -56,15 +57,8 @@ def _read_file(path: Path, config: LanguageConfig) -> Part:
 
 
 def _load_hub(config: LanguageConfig) -> dict[str, Part]:
-    import datasets
-
     what = f"`{config.dataset}`" + (f", `{config.subset}`," if config.subset else "")
-    try:
-        dataset = datasets.load_dataset(config.dataset, config.subset)
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"cannot load {what} from the Hub: {' '.join(str(error).split())}"
-        ) from error
+    dataset = load_dataset(what, config.dataset, config.subset)
     if "train" not in dataset:
         raise DataError(f"{what} has no split `train`; there are {', '.join(dataset)}")
     names = ("train", "validation", "test")
