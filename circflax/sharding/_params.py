@@ -40,7 +40,7 @@ def shard_params(params: Tree, mesh: Mesh, rules: Sequence[Rule] = RULES) -> dic
         >>> mesh = cf.sharding.make_mesh(devices=jax.devices()[:1])
         >>> params = {"mlp": {"up_proj": {"kernel": jnp.zeros((8, 16)), "bias": jnp.zeros(16)}}}
         >>> shardings = cf.sharding.shard_params(params, mesh)
-        >>> shardings["mlp"]["up_proj"]["kernel"].spec
+        >>> tuple(shardings["mlp"]["up_proj"]["kernel"].spec)
         PartitionSpec('fsdp', 'tensor')
     """
     check_rules(rules, mesh)

@@ -1,7 +1,6 @@
 """Training on eight devices is training on one."""
 
-import re
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import jax
@@ -11,7 +10,6 @@ import optax
 import pytest
 
 import circflax as cf
-from circflax import sharding
 from tests.architectures import ARCHITECTURES
 from train.config import MeshConfig, OptimConfig
 from train.optimizer import make_optimizer
