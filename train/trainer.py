@@ -24,7 +24,7 @@ from train.failures import TrainingError
 from train.log import MetricsLog
 from train.optimizer import make_optimizer
 from train.parts import learning_rate
-from train.progress import TrainingProgress
+from train.progress import Track, TrainingProgress, untracked
 from train.steps import TrainState, make_forward, make_generate, make_train_step
 from train.tasks.task import Evaluation, Runner, Workload
 
@@ -45,7 +45,13 @@ class _Run:
 
 
 class Observer(Protocol):
-    """Is told of every update and evaluation of a run that leaves no files."""
+    """Is told of every update and evaluation of a run that leaves no files.
+
+    Attributes:
+        track: Shows how far an evaluation has come.
+    """
+
+    track: Track
 
     def append(self, *, step: int, epoch: int, split: str, **values: float) -> None:
         """Takes one record, as `MetricsLog.append` does."""
@@ -172,19 +178,20 @@ class Trainer:
         small = cf.init_adapters(init_key, self._plan, self._base)
         return TrainState(small, self._optimizer.init(small), jnp.zeros((), jnp.int32)), rng
 
-    def evaluate(self, small: Any, split: str) -> Evaluation:
+    def evaluate(self, small: Any, split: str, track: Track = untracked) -> Evaluation:
         """Measures a split.
 
         Args:
             small: A small tree.
             split: The split's name.
+            track: Shows how far it has come.
 
         Returns:
             Its metrics and loss.
         """
         compiled = self.compiled
         generate = compiled.generate and functools.partial(compiled.generate, small, self._base)
-        runner = Runner(functools.partial(compiled.predict, small, self._base), generate)
+        runner = Runner(functools.partial(compiled.predict, small, self._base), generate, track)
         return self._workload.evaluate(split, runner)
 
     def _go_on(self, run: _Run, outlets: _Outlets) -> None:
@@ -219,7 +226,7 @@ class Trainer:
     def _close_epoch(self, run: _Run, epoch: int, outlets: _Outlets) -> None:
         """Evaluates, keeps the best, and saves."""
         self._check(run, outlets)
-        evaluation = self.evaluate(run.state.small, "validation")
+        evaluation = self.evaluate(run.state.small, "validation", outlets.bar.track)
         result, loss = evaluation.metrics, evaluation.loss
         step, value = int(run.state.step), result[self._metric]
         outlets.log.append(step=step, epoch=epoch + 1, split="validation", loss=loss, **result)

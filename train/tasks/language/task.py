@@ -168,16 +168,12 @@ class Language:
     def evaluate(self, split: str, runner: Runner) -> Evaluation:
         """See `objective.evaluate`; with generated answers where these are asked for."""
         size = self.config.optim.eval_batch_size
-        evaluation = objective.evaluate(self.parts[split].batches(size), runner)
+        measured = runner.predict_all(self.parts[split].batches(size), split)
+        evaluation = objective.evaluate(measured)
         if split not in self.asked:
             return evaluation
         answered = answer_all(
-            self.asked[split],
-            runner.generate,
-            self.tokenizer,
-            size,
-            self.longest,
-            self.config.run.seed,
+            self.asked[split], runner, self.tokenizer, size, self.longest, self.config.run.seed
         )
         metrics = evaluation.metrics | answered.metrics(_has_numbers(self.config.language))
         return Evaluation(metrics, evaluation.loss, answered.save)
