@@ -22,6 +22,7 @@ from train.checkpoints import Checkpoints, Progress
 from train.config import Config
 from train.failures import TrainingError
 from train.log import MetricsLog
+from train.methods import IN_PLACE
 from train.optimizer import make_optimizer
 from train.parts import learning_rate
 from train.progress import Track, TrainingProgress, untracked
@@ -116,8 +117,8 @@ class Trainer:
         self._workload = workload
         self._steps_per_epoch = len(workload.train_batches(config.run.seed, 0))
         self._total = config.optim.epochs * self._steps_per_epoch
-        own_rate = config.adapter.method in ("full", "bitfit")
-        fast = frozenset(plan.trained) - frozenset(head) if own_rate else frozenset()
+        in_place = config.adapter.method in IN_PLACE
+        fast = frozenset(plan.trained) - frozenset(head) if in_place else frozenset()
         rate = learning_rate(config)
         self._optimizer = make_optimizer(config.optim, rate, plan, self._total, fast)
         self.compiled = compiled or _compiled(config, model, plan, workload, self._optimizer)
