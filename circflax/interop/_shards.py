@@ -80,7 +80,8 @@ def read_leaf(stored: np.ndarray, leaf: jax.ShapeDtypeStruct) -> jax.Array:
 
     if leaf.sharding is None:
         # Bound to no device, so that it can still be used beside arrays of any.
-        return jnp.asarray(read(()))
-    array = jax.make_array_from_callback(leaf.shape, leaf.sharding, read, leaf.dtype)
+        array = jnp.asarray(read(()))
+    else:
+        array = jax.make_array_from_callback(leaf.shape, leaf.sharding, read, leaf.dtype)
     # Transfers run on by themselves: host copies of many leaves would wait for theirs.
     return array.block_until_ready()
