@@ -26,7 +26,7 @@ from train import settings
 from train.config import ConfigError
 from train.failures import exit_code
 from train.generation import Generate, Sampling, answer, longest_prompt
-from train.progress import CountProgress
+from train.progress import CountProgress, track
 from train.run import CONFIG
 from train.steps import make_generate
 from train.tasks.language.asking import Ask, make_ask
@@ -189,6 +189,7 @@ def _run(options: argparse.Namespace, console: Console) -> int:
         options.run,
         dtype=jnp.dtype(config.model.compute_dtype),
         param_dtype=jnp.dtype(config.model.param_dtype),
+        progress=partial(track, what="loading the model"),
     )
     tokenizer = AutoTokenizer.from_pretrained(
         cf.interop.find_checkpoint(config.model.name, config.model.revision)

@@ -1,6 +1,7 @@
 """What a run is put together from: its task, the base model, and what trains of it."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import circflax as cf
 from circflax.tree import Path as LeafPath
 from train.config import Config, DataConfig, ImagesConfig, LanguageConfig
+from train.progress import track
 from train.tasks.images import ImageClassification
 from train.tasks.language.task import LanguageModelling
 from train.tasks.task import Task
@@ -84,6 +86,7 @@ def load_model(
         param_dtype=jnp.dtype(config.model.param_dtype),
         new_head=config.model.new_head,
         seed=config.run.seed,
+        progress=partial(track, what="loading the model"),
     )
 
 

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 _LOGGER = logging.getLogger(__name__)
 
 Progress = Callable[[Iterable[LeafPath], int], Iterable[LeafPath]]
+"""Goes through the paths of leaves, and is told how many they are."""
 
 _HEADS = {
     "base": "FLAX_MODEL_MAPPING",
@@ -426,8 +427,8 @@ def initialise(
         return [made[path].astype(leaf.dtype) for path, leaf in leaves.items()]
 
     # Under `jit` the leaves that are not returned are never made, nor what other devices hold.
-    init = jax.jit(init, out_shardings=[leaf.sharding for leaf in leaves.values()])
-    return dict(zip(leaves, init(key), strict=True))
+    compiled = jax.jit(init, out_shardings=[leaf.sharding for leaf in leaves.values()])
+    return dict(zip(leaves, compiled(key), strict=True))
 
 
 def _first_line(error: Exception) -> str:

@@ -37,21 +37,21 @@ def place_leaves(
         jax.tree_util.keystr(path, simple=True, separator="/"): each for path, each in answer
     }
     names = {path: "/".join(path) for path in shapes}
-    for name in shardings.keys() - names.values():
-        raise CheckpointError(f"`shard` places `{name}`, which is no parameter of the model.")
+    if unknown := sorted(shardings.keys() - names.values()):
+        raise CheckpointError(f"`shard` places `{unknown[0]}`, which is no parameter of the model.")
     for path, leaf in shapes.items():
         sharding = shardings.get(names[path])
         if not isinstance(sharding, Sharding):
             raise CheckpointError(
-                f"`shard` gives the parameter `{names[path]}` no `jax.sharding.Sharding`, but "
-                f"`{sharding}`."
+                f"`shard` gives the parameter `{names[path]}` no `jax.sharding.Sharding`, but"
+                f" `{sharding}`."
             )
         try:
             sharding.shard_shape(leaf.shape)
         except (ValueError, IndexError) as error:
             raise CheckpointError(
-                f"`shard` divides the parameter `{names[path]}` of shape {leaf.shape} by "
-                f"{sharding}, which does not fit."
+                f"`shard` divides the parameter `{names[path]}` of shape {leaf.shape} by"
+                f" {sharding}, which does not fit."
             ) from error
     return {
         path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings[names[path]])

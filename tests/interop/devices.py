@@ -2,17 +2,20 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+
+import circflax as cf
 
 
 def divide(rows: Any, columns: Any) -> Callable[[Any], Any]:
     """Divides the first and the last axis of each leaf by axes of a mesh that divide them."""
-    mesh = Mesh(np.array(jax.devices()[:8]).reshape(2, 2, 2), ("data", "fsdp", "tensor"))
+    mesh = cf.sharding.make_mesh(2, 2, 2)
 
     def fitting(size: int, axes: Any) -> Any:
         names = axes if isinstance(axes, tuple) else (axes,)
@@ -35,9 +38,9 @@ def divide(rows: Any, columns: Any) -> Callable[[Any], Any]:
 
 SHARDS = {
     "replicated": divide(None, None),
-    "fsdp": divide(None, "fsdp"),
-    "tensor": divide("tensor", "fsdp"),
+    "some": divide("tensor", "fsdp"),
     "all": divide(("data", "fsdp"), "tensor"),
+    "rules": partial(cf.sharding.shard_params, mesh=cf.sharding.make_mesh(2, 2, 2)),
 }
 
 
