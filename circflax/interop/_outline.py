@@ -51,11 +51,8 @@ class Outline:
         Returns:
             Arrays of the shapes and dtypes of `params`.
         """
-        shapes = flatten_dict(self.params)
-        leaves = initialise(self.model, tuple(shapes), jax.random.PRNGKey(seed))
-        return unflatten_dict(
-            {path: leaf.astype(shapes[path].dtype) for path, leaf in leaves.items()}
-        )
+        key = jax.random.PRNGKey(seed)
+        return unflatten_dict(initialise(self.model, flatten_dict(self.params), key))
 
     def layouts(self) -> Layouts:
         """How the model's kernels are read as matrices; see `circflax.linen.find_layouts`."""
