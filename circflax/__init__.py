@@ -5,6 +5,7 @@ from circflax import interop as interop
 from circflax import linen as linen
 from circflax import methods as methods
 from circflax import ops as ops
+from circflax import sharding as sharding
 from circflax import tree as tree
 from circflax.methods import BCA as BCA
 from circflax.methods import BOFT as BOFT

@@ -11,6 +11,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("USE_TORCH", "AUTO")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+# A mesh needs several devices; what names none runs on the first of them.
+jax.config.update("jax_num_cpu_devices", 8)
 # Many tests compile the same programs, in several processes.
 jax.config.update(
     "jax_compilation_cache_dir",

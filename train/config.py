@@ -402,6 +402,25 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class MeshConfig:
+    """How the devices of all processes share the work; each axis has so many of them.
+
+    Attributes:
+        data: Copies of the model, each for other rows of a batch; None takes all devices that the
+            other axes leave.
+        fsdp: Devices that share one copy of the model, each for other rows of a batch.
+        tensor: Devices that share the work on the same rows.
+    """
+
+    data: int | None = None
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        _require_fields("mesh", self, lambda v: v >= 1, "at least 1", "data", "fsdp", "tensor")
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """One run on disk.
 
@@ -434,6 +453,7 @@ class Config:
     language: LanguageConfig = field(default_factory=LanguageConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:

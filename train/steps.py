@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 import circflax as cf
+from train.placement import Placement
 
 if TYPE_CHECKING:
     from transformers import FlaxPreTrainedModel
@@ -97,6 +98,7 @@ def make_train_step(
     losses: Losses,
     optimizer: optax.GradientTransformation,
     accumulation_steps: int,
+    placement: Placement | None = None,
 ) -> Callable[[TrainState, Any, Batch, jax.Array], tuple[TrainState, jax.Array]]:
     """The update as a compiled function `(state, base, batch, rng) -> (state, loss)`.
 
@@ -108,6 +110,7 @@ def make_train_step(
         losses: The sum of a batch's losses, and how many there are.
         optimizer: The optimizer of the small tree.
         accumulation_steps: A divisor of the batch's size.
+        placement: Where its arguments and results lie; None leaves that to them.
 
     Returns:
         The function; the loss is the mean over the whole batch.
@@ -119,7 +122,10 @@ def make_train_step(
     def train_step(
         state: TrainState, base: Any, batch: Batch, rng: jax.Array
     ) -> tuple[TrainState, jax.Array]:
-        parts = jax.tree.map(lambda a: a.reshape(accumulation_steps, -1, *a.shape[1:]), batch)
+        # Every part has rows of every device.
+        parts = jax.tree.map(
+            lambda a: a.reshape(-1, accumulation_steps, *a.shape[1:]).swapaxes(0, 1), batch
+        )
         keys = jax.random.split(jax.random.fold_in(rng, state.step), accumulation_steps)
 
         def part(total: Any, xs: tuple[Batch, jax.Array]) -> tuple[Any, None]:
@@ -133,4 +139,14 @@ def make_train_step(
         small = optax.apply_updates(state.small, updates)
         return TrainState(small, optimizer_state, state.step + 1), loss
 
-    return jax.jit(train_step, donate_argnums=0)
+    if placement is None:
+        return jax.jit(train_step, donate_argnums=0)
+    moments = jax.eval_shape(optimizer.init, placement.shapes)
+    whole = placement.replicated
+    state = TrainState(placement.small, placement.like_small(moments), whole)
+    return jax.jit(
+        train_step,
+        donate_argnums=0,
+        in_shardings=(state, placement.base, placement.batch, whole),
+        out_shardings=(state, whole),
+    )

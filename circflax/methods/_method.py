@@ -120,6 +120,15 @@ class Method(abc.ABC):
         """
         return []
 
+    def axes(self) -> Mapping[str, tuple[str | None, ...]]:
+        """Which axes of an adapter's arrays run along the layer's inputs or outputs.
+
+        For each array one entry an axis: "in" or "out" where a part of the axis belongs to the same
+        part of the layer's inputs or outputs, None elsewhere. Of arrays that are not named, no axis
+        does.
+        """
+        return {}
+
     def learning_rates(self, in_features: int, out_features: int) -> dict[str, float]:
         """Factors on the learning rate for each of the adapter's arrays."""
         return dict.fromkeys(self.shapes(in_features, out_features), 1.0)

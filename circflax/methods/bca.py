@@ -1,6 +1,6 @@
 """BCA: block circulant adapter (arXiv 2505.00582)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -89,6 +89,9 @@ class BCA(Additive):
 
     def kernels(self, in_features: int, out_features: int) -> list[tuple[int, int, int]]:
         return [self.shapes(in_features, out_features)["c"].shape]
+
+    def axes(self) -> Mapping[str, tuple[str | None, ...]]:
+        return {"c": ("out", "in", None)}
 
     def flops(self, in_features: int, out_features: int) -> Flops:
         return circulant_flops(self.kernels(in_features, out_features))

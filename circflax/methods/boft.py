@@ -1,5 +1,6 @@
 """BOFT: orthogonal butterfly fine-tuning (arXiv 2311.06243), for comparison."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -91,6 +92,9 @@ class BOFT(Method):
     def decayed(self) -> dict[str, bool]:
         # Decay would pull the scale away from 1, where the layer is the base's.
         return {"s": False}
+
+    def axes(self) -> Mapping[str, tuple[str | None, ...]]:
+        return {"s": ("out",)}
 
     def flops(self, in_features: int, out_features: int) -> Flops:
         rotation = 2.0 * self.m * self.b * in_features

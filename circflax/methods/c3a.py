@@ -1,7 +1,7 @@
 """C3A: circular convolution adaptation (arXiv 2407.19342)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -94,6 +94,9 @@ class C3A(Additive):
 
     def kernels(self, in_features: int, out_features: int) -> list[tuple[int, int, int]]:
         return [self.shapes(in_features, out_features)["w"].shape]
+
+    def axes(self) -> Mapping[str, tuple[str | None, ...]]:
+        return {"w": ("out", "in", None)}
 
     def flops(self, in_features: int, out_features: int) -> Flops:
         return circulant_flops(self.kernels(in_features, out_features))

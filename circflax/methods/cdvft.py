@@ -93,6 +93,11 @@ class CDVFT(Additive):
         circulants = [shapes[f"c{i}"].shape for i in range(2, self.factors, 2)]
         return [shape if len(shape) == 3 else (1, 1, *shape) for shape in circulants]
 
+    def axes(self) -> Mapping[str, tuple[str | None, ...]]:
+        # Later circulants mix all outputs.
+        diagonals = {f"a{i}": ("out",) for i in range(3, self.factors + 1, 2)}
+        return {"a1": ("in",), "c2": ("out", "in", None)} | diagonals
+
     def flops(self, in_features: int, out_features: int) -> Flops:
         circulants = circulant_flops(self.kernels(in_features, out_features))
         # A diagonal scales going forward; going back it scales, and is itself summed over tokens.

@@ -71,6 +71,9 @@ class IA3(Method):
         # Decay would pull the scale away from 1, where the layer is the base's.
         return {"l": False}
 
+    def axes(self) -> Mapping[str, tuple[str | None, ...]]:
+        return {"l": ("in" if self.feedforward else "out",)}
+
     def flops(self, in_features: int, out_features: int) -> Flops:
         width = in_features if self.feedforward else out_features
         return Flops(width, 3.0 * width)

@@ -91,6 +91,9 @@ class LaMDA(Additive):
         """Number of an adapter's parameters that still train at the end."""
         return self.r**2
 
+    def axes(self) -> Mapping[str, tuple[str | None, ...]]:
+        return {"a": ("in", None), "b": (None, "out")}
+
     def flops(self, in_features: int, out_features: int) -> Flops:
         projections = 2.0 * self.r * (in_features + out_features)
         inner = 2.0 * self.r**2

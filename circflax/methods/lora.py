@@ -1,6 +1,7 @@
 """LoRA: low-rank adaptation (arXiv 2106.09685), for comparison."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -74,6 +75,9 @@ class LoRA(Additive):
 
     def delta(self, params: Params, in_features: int, out_features: int) -> jax.Array:
         return jnp.matmul(params["a"], self._scaled(params["b"]), precision="highest")
+
+    def axes(self) -> Mapping[str, tuple[str | None, ...]]:
+        return {"a": ("in", None), "b": (None, "out")}
 
     def flops(self, in_features: int, out_features: int) -> Flops:
         products = 2.0 * self.r * (in_features + out_features)

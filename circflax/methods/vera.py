@@ -1,6 +1,7 @@
 """VeRA: vector-based random matrix adaptation (arXiv 2310.11454), for comparison."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -73,6 +74,9 @@ class VeRA(Additive):
     def delta(self, params: Params, in_features: int, out_features: int) -> jax.Array:
         a, b = self._matrices(in_features, out_features)
         return jnp.matmul(a * params["d"], b, precision="highest") * params["b"]
+
+    def axes(self) -> Mapping[str, tuple[str | None, ...]]:
+        return {"b": ("out",)}
 
     def flops(self, in_features: int, out_features: int) -> Flops:
         products = 2.0 * self.r * (in_features + out_features)

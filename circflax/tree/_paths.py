@@ -39,6 +39,16 @@ def natural_order(path: Path) -> list[tuple[int, str]]:
     return [(int(c), "") if c.isdecimal() else (-1, c) for c in path]
 
 
+def starred(name: str) -> str:
+    """A name without the numbers of its layers.
+
+    Example:
+        >>> starred("layers_11/fc1/kernel")
+        'layers_*/fc1/kernel'
+    """
+    return re.sub(r"(?<![^\W_])\d+(?![^\W_])", "*", name)
+
+
 def ends_with(patterns: Patterns, path: Path) -> bool:
     """Whether a module is chosen: a regular expression matches all of its name, or it ends so."""
     if isinstance(patterns, str):

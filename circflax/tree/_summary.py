@@ -1,12 +1,11 @@
 """What a plan trains, in numbers."""
 
 import math
-import re
 from dataclasses import dataclass
 
 import jax
 
-from circflax.tree._paths import Tree, flatten, join
+from circflax.tree._paths import Tree, flatten, join, starred
 from circflax.tree._plan import Plan, bytes_of
 
 
@@ -118,7 +117,7 @@ def summarize(params: Tree, plan: Plan) -> Summary:
         count = math.prod(target.layers)
         targets += count
         key = (
-            _group(target.name),
+            starred(target.name),
             target.method.name,
             f"{target.in_features} x {target.out_features}",
         )
@@ -126,7 +125,7 @@ def summarize(params: Tree, plan: Plan) -> Summary:
     adapters = sum(map(sum, groups.values()))
     for path in plan.trained:
         shape = leaves[path].shape
-        key = (_group(join(path)), "full", " x ".join(map(str, shape)) or "scalar")
+        key = (starred(join(path)), "full", " x ".join(map(str, shape)) or "scalar")
         groups.setdefault(key, []).append(math.prod(shape))
     trained = sum(map(sum, groups.values())) - adapters
     return Summary(
@@ -153,7 +152,3 @@ def human_bytes(size: int) -> str:
             return f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:.3g} TB"
-
-
-def _group(name: str) -> str:
-    return re.sub(r"(?<![^\W_])\d+(?![^\W_])", "*", name)
