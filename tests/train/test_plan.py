@@ -1,14 +1,21 @@
 """Plans: what is read from programs, what is reported, what is refused, and one real compile."""
 
-import dataclasses
 import importlib.util
+import io
 import json
 
 import pytest
 from rich.console import Console
 
-from train.config import AdapterConfig, Config, DataConfig, ImagesConfig, LanguageConfig
-from train.config import MeshConfig, ModelConfig, OptimConfig
+from train.config import (
+    AdapterConfig,
+    Config,
+    DataConfig,
+    ImagesConfig,
+    LanguageConfig,
+    ModelConfig,
+    OptimConfig,
+)
 from train.plan import report, topology
 from train.plan.__main__ import main
 from train.plan.estimate import BATCH, REST, STATE, WEIGHTS, Estimate, Speed, Traffic
@@ -73,7 +80,13 @@ ENTRY %main (a: f32[8]) -> f32[8] {
 
 def program(*lines: str, before: str = "") -> str:
     body = "\n".join(f"  %n{number} = {line}" for number, line in enumerate(lines))
-    return f"HloModule f, is_scheduled=true\n{before}\nENTRY %main (x: f32[8]) -> f32[8] {{\n{body}\n}}\n"
+    entry = f"ENTRY %main (x: f32[8]) -> f32[8] {{\n{body}\n}}\n"
+    return f"HloModule f, is_scheduled=true\n{before}\n{entry}"
+
+
+def computation(name: str, *lines: str) -> str:
+    body = "\n".join(f"  {line}" for line in lines)
+    return f"%{name} (p: f32[2]) -> f32[8] {{\n{body}\n}}\n"
 
 
 class TestProgram:
@@ -86,12 +99,12 @@ class TestProgram:
         lines = (
             "f32[8] all-gather-done(%s)",
             "f32[8] collective-permute-done(%s)",
-            "f32[8] add(%x, %x), metadata={op_name=\"all-gather(x)\"}",
+            'f32[8] add(%x, %x), metadata={op_name="all-gather(x)"}',
         )
         assert read_program(program(*lines), devices=8).collectives == ()
 
     def test_a_wrapped_operation_counts_once(self):
-        wrapped = "%wrapped (p: f32[2]) -> f32[8] {\n  ROOT %g = f32[8] all-gather(%p), replica_groups={}\n}\n"
+        wrapped = computation("wrapped", "ROOT %g = f32[8] all-gather(%p), replica_groups={}")
         lines = (
             "((f32[2]), f32[8], u32[]) async-start(%x), calls=%wrapped",
             "((f32[2]), f32[8], u32[]) async-update(%n0), calls=%wrapped",
@@ -101,17 +114,15 @@ class TestProgram:
         assert found.sent == 24
 
     def test_an_operation_that_is_spread_over_others_counts_once(self):
-        part = "  %g = f32[8] all-gather(%p), frontend_attributes={chain_id=\"0\"}\n"
-        start = '  ROOT %c = f32[8] custom-call(%g), custom_call_target="AsyncCollectiveStart"\n'
-        before = f"%one (p: f32[2]) -> f32[8] {{\n{part}{start}}}\n\n%two (p: f32[2]) -> f32[8] {{\n{part}}}\n"
+        part = '%g = f32[8] all-gather(%p), frontend_attributes={chain_id="0"}'
+        start = 'ROOT %c = f32[8] custom-call(%g), custom_call_target="AsyncCollectiveStart"'
+        before = computation("one", part, start) + computation("two", part)
         lines = (f"f32[8] fusion(%x), kind=kCustom, calls=%{name}" for name in ("one", "two"))
         assert len(read_program(program(*lines, before=before), devices=4).collectives) == 1
 
     def test_a_sum_that_is_scattered(self):
-        before = (
-            "%all-reduce-scatter.1 (p: f32[32]) -> f32[8] {\n"
-            "  %s = f32[32] all-reduce(%p), replica_groups={}, to_apply=%add\n}\n"
-        )
+        scattered = "%s = f32[32] all-reduce(%p), replica_groups={}, to_apply=%add"
+        before = computation("all-reduce-scatter.1", scattered)
         line = "f32[8] fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1"
         (found,) = read_program(program(line, before=before), devices=4).collectives
         assert (found.kind, found.sent) == ("reduce-scatter", 96)
@@ -165,3 +176,203 @@ class TestProgram:
 
     def test_other_errors_are_about_something_else(self):
         assert memory_wanted("INTERNAL: Mosaic failed to compile") is None
+
+
+def make_config(**sections) -> Config:
+    given = {"model": ModelConfig("shapes"), "language": LanguageConfig(dataset="x")}
+    return Config(**given | sections)
+
+
+def make_estimate(**changes) -> Estimate:
+    """A step whose base weights are most of what it needs."""
+    values = {
+        "topology": "v5e:2x2",
+        "chips": 4,
+        "mesh": {"data": 1, "fsdp": 4, "tensor": 1},
+        "peak": 12_000_000_000,
+        "capacity": 16_000_000_000,
+        "parts": {WEIGHTS: 9_000_000_000, STATE: 1_000_000_000, BATCH: 0, REST: 2_000_000_000},
+        "fits": True,
+        "traffic": (Traffic("all-gather", "weights", 64, 2e9, "self_attn/q_proj (backward)"),),
+        "speed": Speed(0.5, 0.25, 8192, "tokens", kernels=0, unknown_loops=0),
+        "compile_seconds": 61.0,
+        "notes": ("no mesh is set: `fsdp` over all chips",),
+    }
+    return Estimate(**values | changes)
+
+
+def shown(estimate: Estimate, config: Config | None = None) -> list[str]:
+    console = Console(width=80, record=True, file=io.StringIO())
+    report.show(estimate, config or make_config(), console)
+    return console.export_text().splitlines()
+
+
+class TestReport:
+    def test_it_says_what_a_step_needs(self):
+        lines = shown(make_estimate())
+        text = "\n".join(lines)
+        for part in (
+            "v5e:2x2: 4 chips, mesh data 1 × fsdp 4 × tensor 1",
+            "note: no mesh is set",
+            "together 500.0 to 750.0 ms",
+            "10,923 to 16,384 tokens a",
+            "compiled in 61 s",
+        ):
+            assert part in text
+        cells = [line.split() for line in lines]
+        assert ["base", "weights", "9.000", "75.0%"] in cells
+        assert ["there", "is", "16.000", "75.0%", "used"] in cells
+        assert ["all-gather:", "weights", "64", "2,000.0", "250.00", "self_attn/q_proj"] in cells
+        assert lines[-1] == "fits: 4.00 GB of each chip are left"
+        assert max(map(len, lines)) <= 80
+
+    def test_what_counts_otherwise_is_said(self):
+        speed = Speed(0.5, 0.25, 32, "images", kernels=3, unknown_loops=2)
+        text = "\n".join(shown(make_estimate(speed=speed)))
+        assert "3 custom kernels count" in text and "2 loops of unknown length" in text
+        assert "images a second" in text.replace("\n", " ")
+
+    def test_a_step_that_does_not_fit_has_no_speed(self):
+        lines = shown(make_estimate(fits=False, peak=18_500_000_000, traffic=(), speed=None))
+        text = " ".join(lines)
+        assert "does not fit: each chip lacks 2.50 GB" in text and "tokens" not in text
+        assert "what would help: --model.param_dtype bfloat16" in text
+
+    @pytest.mark.parametrize(
+        ("parts", "mesh", "settings", "first"),
+        [
+            ({WEIGHTS: 9}, (1, 4, 1), {}, "--model.param_dtype bfloat16"),
+            ({WEIGHTS: 9}, (2, 2, 1), {"param_dtype": "bfloat16"}, "--mesh.data 1 --mesh.fsdp 4"),
+            ({WEIGHTS: 9}, (2, 1, 2), {"param_dtype": "bfloat16"}, "--mesh.data 1 --mesh.fsdp 2"),
+            ({WEIGHTS: 9}, (1, 4, 1), {"param_dtype": "bfloat16"}, "a slice of more chips"),
+            ({REST: 9}, (1, 4, 1), {}, "--model.gradient_checkpointing true"),
+            (
+                {REST: 9},
+                (1, 4, 1),
+                {"gradient_checkpointing": True},
+                "--model.compute_dtype bfloat16",
+            ),
+            (
+                {REST: 9},
+                (1, 4, 1),
+                {"gradient_checkpointing": True, "compute_dtype": "bfloat16"},
+                "--optim.accumulation_steps 2",
+            ),
+            ({STATE: 9}, (1, 4, 1), {"method": "full"}, "an --adapter.method that trains less"),
+        ],
+    )
+    def test_what_would_help_is_for_the_largest_part(self, parts, mesh, settings, first):
+        model = {key: value for key, value in settings.items() if key != "method"}
+        adapter = AdapterConfig(method=settings.get("method", "cdvft"))
+        config = make_config(model=ModelConfig("shapes", **model), adapter=adapter)
+        estimate = make_estimate(
+            parts={WEIGHTS: 1, STATE: 1, BATCH: 1, REST: 1} | parts,
+            mesh=dict(zip(("data", "fsdp", "tensor"), mesh, strict=True)),
+        )
+        assert report.advice(estimate, config)[0].startswith(first)
+
+    def test_rows_that_are_one_a_chip_are_not_cut_up_further(self):
+        config = make_config(optim=OptimConfig(batch_size=4))
+        assert not any("--optim" in each for each in report.advice(make_estimate(), config))
+
+    def test_the_file_has_all_numbers(self, tmp_path):
+        report.write(make_estimate(), tmp_path / "plan.json")
+        record = json.loads((tmp_path / "plan.json").read_text())
+        assert record["parts"][WEIGHTS] == 9_000_000_000 and record["fits"] is True
+        assert (record["speed"]["best"], record["speed"]["worst"]) == (0.5, 0.75)
+        assert record["traffic"][0]["place"] == "self_attn/q_proj (backward)"
+
+
+@pytest.mark.parametrize(
+    ("section", "classes"),
+    [
+        ({"data": DataConfig(task="mnli")}, (3, False)),
+        ({"data": DataConfig(task="stsb")}, (1, False)),
+        ({"data": DataConfig(task="docstrings")}, (20, False)),
+        ({"data": DataConfig(train="x.tsv")}, (2, True)),
+        ({"data": DataConfig(train="x.tsv", labels=("a", "b", "c"))}, (3, False)),
+        ({"data": DataConfig(train="x.tsv", regression=True)}, (1, False)),
+        ({"images": ImagesConfig(dataset="digits")}, (10, False)),
+        ({"images": ImagesConfig(train="x")}, (2, True)),
+        ({"images": ImagesConfig(train="x", classes=("a", "b", "c", "d"))}, (4, False)),
+        ({"language": LanguageConfig(dataset="x")}, (None, False)),
+    ],
+)
+def test_classes_come_from_settings(section, classes):
+    assert count_classes(Config(ModelConfig("shapes"), **section)) == classes
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ([], "`--topology` must be set"),
+            (["--topology", "v9:2x2"], "no topology `v9:2x2`; there are, among others, v5e: 1x1"),
+            (["--topology", "v5e"], "no topology `v5e`"),
+            (["--topology", "v5e:2x2x2"], "no topology `v5e:2x2x2`"),
+            (["--topology", "v5p:4x4"], "no topology `v5p:4x4`"),
+            (["--topology"], "expected one argument"),
+        ],
+    )
+    def test_what_there_is_not(self, tmp_path, capsys, arguments, message):
+        assert main(["--model.name", str(tmp_path), "--language.dataset", "x", *arguments]) == 2
+        assert message in capsys.readouterr().err
+
+    @pytest.mark.skipif(
+        importlib.util.find_spec("libtpu") is not None, reason="the TPU compiler is installed"
+    )
+    def test_without_the_tpu_compiler(self):
+        with pytest.raises(ValueError, match=r"pip install 'circflax\[tpu-compiler\]'"):
+            topology.find_topology("v5e:2x2")
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is not installed"
+)
+class TestCompiling:
+    @pytest.fixture
+    def arguments(self, tmp_path) -> list[str]:
+        """A language model of one narrow layer, on four chips."""
+        from transformers import GPT2Config
+
+        GPT2Config(vocab_size=128, n_positions=16, n_embd=64, n_layer=1, n_head=2).save_pretrained(
+            tmp_path
+        )
+        settings = {
+            "topology": "v5e:2x2",
+            "model.name": tmp_path,
+            "language.dataset": "x",
+            "language.max_length": 16,
+            "adapter.targets": "[c_attn]",
+            "adapter.method": "lora",
+            "optim.batch_size": 8,
+            "json": tmp_path / "plan.json",
+        }
+        return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+
+    def test_a_step_that_fits(self, arguments, tmp_path, capsys):
+        assert main(arguments) == 0
+        out = capsys.readouterr().out
+        assert "mesh data 1 × fsdp 4 × tensor 1" in out and "fits: 16" in out
+        record = json.loads((tmp_path / "plan.json").read_text())
+        assert record["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1}
+        assert record["speed"]["compute"] > 0 and record["speed"]["units"] == 8 * 16
+        assert sum(record["parts"].values()) == record["peak"] < record["capacity"]
+        assert any(each["sent"] > 0 for each in record["traffic"])
+
+    def test_a_step_that_does_not_fit(self, arguments, capsys):
+        assert main([*arguments, "--optim.batch_size", "16000000"]) == 1
+        out = capsys.readouterr().out
+        assert "does not fit: each chip lacks" in out and "what would help" in out
+
+    @pytest.mark.parametrize(
+        ("more", "message"),
+        [
+            (["--topology", "v5e:3x4"], "no topology `v5e:3x4`"),
+            (["--mesh.fsdp", "3"], "needs a multiple of 3 devices, but there are 4"),
+            (["--optim.batch_size", "6"], "dimension size is 6"),
+        ],
+    )
+    def test_what_does_not_fit_together(self, arguments, capsys, more, message):
+        assert main([*arguments, *more]) == 2
+        assert message in capsys.readouterr().err
