@@ -261,19 +261,24 @@ class TestReport:
             ({STATE: 9}, (1, 4, 1), {"method": "full"}, "an --adapter.method that trains less"),
         ],
     )
-    def test_what_would_help_is_for_the_largest_part(self, parts, mesh, settings, first):
+    def test_what_would_help_is_for_what_is_large(self, parts, mesh, settings, first):
         model = {key: value for key, value in settings.items() if key != "method"}
         adapter = AdapterConfig(method=settings.get("method", "cdvft"))
         config = make_config(model=ModelConfig("shapes", **model), adapter=adapter)
         estimate = make_estimate(
+            peak=12,
             parts={WEIGHTS: 1, STATE: 1, BATCH: 1, REST: 1} | parts,
             mesh=dict(zip(("data", "fsdp", "tensor"), mesh, strict=True)),
         )
-        assert report.advice(estimate, config)[0].startswith(first)
+        helpful = report.advice(estimate, config)
+        assert helpful[0].startswith(first)
+        about_weights = [each for each in helpful if "weights" in each or "share them" in each]
+        assert bool(about_weights) == (WEIGHTS in parts)
 
     def test_rows_that_are_one_a_chip_are_not_cut_up_further(self):
         config = make_config(optim=OptimConfig(batch_size=4))
-        assert not any("--optim" in each for each in report.advice(make_estimate(), config))
+        helpful = report.advice(make_estimate(), config)
+        assert helpful[-1].startswith("--mesh.tensor") and "--optim" not in " ".join(helpful)
 
     def test_the_file_has_all_numbers(self, tmp_path):
         report.write(make_estimate(), tmp_path / "plan.json")

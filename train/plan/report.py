@@ -72,10 +72,11 @@ def advice(estimate: Estimate, config: Config) -> list[str]:
         config: The settings.
 
     Returns:
-        Settings with what they do.
+        Settings with what they do; none for parts of less than a tenth of the whole.
     """
     ways = {WEIGHTS: _lighter_weights, REST: _fewer_temporaries, STATE: _smaller_state}
-    order = sorted(ways, key=lambda part: -estimate.parts[part])
+    large = [part for part in ways if estimate.parts[part] >= estimate.peak / 10]
+    order = sorted(large, key=lambda part: -estimate.parts[part])
     return [each for part in order for each in ways[part](estimate, config)]
 
 
@@ -95,7 +96,7 @@ def _lighter_weights(estimate: Estimate, config: Config) -> list[str]:
 def _fewer_temporaries(estimate: Estimate, config: Config) -> list[str]:
     found = []
     if not config.model.gradient_checkpointing:
-        found.append("--model.gradient_checkpointing true computes activations twice")
+        found.append("--model.gradient_checkpointing true computes activations again")
     if config.model.compute_dtype == "float32":
         found.append("--model.compute_dtype bfloat16 halves activations")
     optim, rows = config.optim, estimate.mesh["data"] * estimate.mesh["fsdp"]
@@ -105,6 +106,8 @@ def _fewer_temporaries(estimate: Estimate, config: Config) -> list[str]:
         found.append(f"--optim.accumulation_steps {steps} halves the rows at a time")
     elif optim.batch_size > rows:
         found.append("a smaller --optim.batch_size")
+    else:
+        found.append("--mesh.tensor, by which chips share the work on a row")
     return found
 
 
