@@ -232,6 +232,11 @@ class TestReport:
         assert "3 custom kernels count" in text and "2 loops of unknown length" in text
         assert "images a second" in text.replace("\n", " ")
 
+    def test_one_chip_sends_nothing(self):
+        text = "\n".join(shown(make_estimate(chips=1, topology="v5e:1x1", traffic=())))
+        assert "v5e:1x1: 1 chip, mesh" in text and "sends" not in text
+        assert "500.0 ms, 16,384 tokens a second" in text
+
     def test_a_step_that_does_not_fit_has_no_speed(self):
         lines = shown(make_estimate(fits=False, peak=18_500_000_000, traffic=(), speed=None))
         text = " ".join(lines)

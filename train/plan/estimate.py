@@ -130,7 +130,7 @@ def prepare(config: Config, topology: Topology) -> tuple[Config, Step, tuple[str
         notes.append("no mesh is set: `fsdp` over all chips")
     classes, assumed = count_classes(config)
     if assumed:
-        notes.append(f"the examples, which would tell the classes, are not read: {classes}")
+        notes.append(f"the examples would tell how many classes there are; {classes} are assumed")
     outline = make_outline(config, config.model.name)
     return config, make_step(config, outline, topology.devices), tuple(notes)
 

@@ -212,6 +212,8 @@ def _loop_length(computations: _Computations, loop: _Instruction) -> int | None:
     if limit.opcode != "constant" or counter.opcode != "get-tuple-element":
         return None
     root = next(each for each in body.values() if each.root)
+    if root.opcode != "tuple":
+        return None
     step = body[_operands(root)[int(re.search(r"index=(\d+)", counter.rest)[1])]]
     if step.opcode != "add":
         return None

@@ -24,7 +24,8 @@ def show(estimate: Estimate, config: Config, console: Console) -> None:
         console: Where to print.
     """
     mesh = " × ".join(f"{axis} {size}" for axis, size in estimate.mesh.items())
-    _say(console, f"{estimate.topology}: {estimate.chips} chips, mesh {mesh}")
+    chips = f"{estimate.chips} chip{'s' if estimate.chips > 1 else ''}"
+    _say(console, f"{estimate.topology}: {chips}, mesh {mesh}")
     for note in estimate.notes:
         _say(console, f"note: {note}")
     console.print(_memory(estimate))
@@ -145,13 +146,16 @@ def _traffic(estimate: Estimate) -> Table:
 
 def _speed(estimate: Estimate) -> list[str]:
     speed = estimate.speed
-    lines = [
-        f"a step by the compiler's cycles: {1e3 * speed.compute:,.1f} ms; what a chip sends takes"
-        f" {1e3 * speed.exchange:,.1f} ms at full bandwidth",
-        f"together {1e3 * speed.best:,.1f} to {1e3 * speed.worst:,.1f} ms, which is"
-        f" {speed.units / speed.worst:,.0f} to {speed.units / speed.best:,.0f} {speed.unit} a"
-        " second",
-    ]
+    ahead = f"a step by the compiler's cycles: {1e3 * speed.compute:,.1f} ms"
+    if estimate.chips == 1:
+        lines = [f"{ahead}, {speed.units / speed.compute:,.0f} {speed.unit} a second"]
+    else:
+        lines = [
+            f"{ahead}; what a chip sends: {1e3 * speed.exchange:,.1f} ms at full bandwidth",
+            f"together {1e3 * speed.best:,.1f} to {1e3 * speed.worst:,.1f} ms:"
+            f" {speed.units / speed.worst:,.0f} to {speed.units / speed.best:,.0f} {speed.unit} a"
+            " second",
+        ]
     if speed.kernels:
         lines.append(
             f"note: {speed.kernels} custom kernels count as what moving their operands takes"
