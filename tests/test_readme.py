@@ -5,9 +5,12 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+
+from tests.train.tasks.language import write_llama
 
 pytest.importorskip("torch")
 
@@ -27,8 +30,17 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
         text = re.sub(r"epochs: \d+", "epochs: 2", path.read_text())
         path.write_text(re.sub(r" batch_size: \d+", " batch_size: 8", text))
     _write_roberta(directory / "FacebookAI" / "roberta-base")
-    _write_mrpc(directory / "nyu-mll" / "glue")
+    rows = [f"{WORDS[i % 2]} {WORDS[2 + i % 2]} {WORDS[4 + i // 2 % 2]}" for i in range(40)]
+    pairs = {"sentence1": rows, "sentence2": rows[::-1], "label": [0, 1] * 20}
+    splits = ("train", "validation", "test")
+    _write_dataset(directory / "nyu-mll" / "glue", "mrpc", pairs, splits)
     _write_vit(directory / "google" / "vit-base-patch16-224-in21k")
+    # Its output layer is its embedding, as that of the real model.
+    llama = {"max_position_embeddings": 512, "tie_word_embeddings": True}
+    write_llama(directory / "HuggingFaceTB" / "SmolLM-135M", **llama)
+    questions, answers = zip(*((f"{i}+{i}?", f"#### {2 * i}") for i in range(40)), strict=True)
+    sums = {"question": questions, "answer": answers}
+    _write_dataset(directory / "openai" / "gsm8k", "main", sums, ("train", "test"))
     return directory
 
 
@@ -75,21 +87,19 @@ def _write_vit(directory: Path) -> None:
     ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(directory)
 
 
-def _write_mrpc(directory: Path) -> None:
+def _write_dataset(
+    directory: Path, subset: str, columns: dict[str, Sequence], splits: tuple[str, ...]
+) -> None:
+    """The same rows as every split of a subset."""
     import datasets
 
-    rows = [f"{WORDS[i % 2]} {WORDS[2 + i % 2]} {WORDS[4 + i // 2 % 2]}" for i in range(40)]
-    columns = {"sentence1": rows, "sentence2": rows[::-1], "label": [0, 1] * 20}
-    for split in ("train", "validation", "test"):
-        file = directory / "mrpc" / f"{split}-00000-of-00001.parquet"
+    for split in splits:
+        file = directory / subset / f"{split}-00000-of-00001.parquet"
         file.parent.mkdir(parents=True, exist_ok=True)
         datasets.Dataset.from_dict(columns).to_parquet(file)
     (directory / "README.md").write_text(
-        "---\nconfigs:\n- config_name: mrpc\n  data_files:\n"
-        + "".join(
-            f"  - split: {split}\n    path: mrpc/{split}-*\n"
-            for split in ("train", "validation", "test")
-        )
+        f"---\nconfigs:\n- config_name: {subset}\n  data_files:\n"
+        + "".join(f"  - split: {split}\n    path: {subset}/{split}-*\n" for split in splits)
         + "---\n"
     )
 
@@ -115,7 +125,7 @@ def test_every_block_in_order(checkout: Path) -> None:
         elif kind == "sh":
             run(["sh", "-euc", code], checkout)
         kinds.append(kind)
-    assert kinds == ["", "sh", "sh", *["python"] * 4]
+    assert kinds == ["", *["sh"] * 3, *["python"] * 4]
 
 
 def test_the_make_targets_exist() -> None:

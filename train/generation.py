@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
+from train.progress import Track, untracked
 from train.tasks.batches import PlannedBatch, filled, plan
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ def answer(
     batch_size: int,
     longest: int,
     key: jax.Array,
+    track: Track = untracked,
 ) -> list[str]:
     """Generates an answer to each prompt.
 
@@ -92,6 +94,7 @@ def answer(
         batch_size: Prompts of a batch.
         longest: Tokens that a prompt can have; see `longest_prompt`.
         key: For sampling; each batch gets one of its own.
+        track: Shows how far it has come.
 
     Returns:
         The answers' texts, without special tokens, in the order of the prompts.
@@ -99,7 +102,8 @@ def answer(
     lengths = np.asarray([len(prompt) for prompt in prompts])
     powers = tuple(2**i for i in range((longest - 1).bit_length()))
     answers: list[str] = [""] * len(prompts)
-    for number, planned in enumerate(plan(lengths, batch_size, (*powers, longest))):
+    batches = plan(lengths, batch_size, (*powers, longest))
+    for number, planned in enumerate(track(batches, len(batches), "generating answers, batch")):
         ids, mask = _pad(prompts, planned, batch_size)
         sequences = np.asarray(generate(ids, mask, jax.random.fold_in(key, number)))
         for place, row in zip(planned.indices, sequences, strict=False):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import circflax as cf
 from circflax.tree import Path as LeafPath
 from train.config import Config, DataConfig, ImagesConfig, LanguageConfig
+from train.methods import BITFIT, FULL, HEAD_ALONE, LAMDA_PP, RATES
 from train.tasks.images import ImageClassification
 from train.tasks.language.task import LanguageModelling
 from train.tasks.task import Task
@@ -14,12 +15,6 @@ from train.tasks.text import TextClassification
 
 if TYPE_CHECKING:
     from transformers import FlaxPreTrainedModel
-
-LAMDA_PP = "lamda++"
-# Methods without adapters: which leaves of the base they train besides the head.
-TRAINED = {"none": (), "bitfit": ("bias",)}
-# Learning rates to begin with, of methods that are no class of circflax with a rate of its own.
-_RATES = {"full": 5e-5, "bitfit": 1e-3, "none": 0.0, LAMDA_PP: cf.LaMDA.learning_rate}
 
 
 def learning_rate(config: Config) -> float:
@@ -34,7 +29,7 @@ def learning_rate(config: Config) -> float:
     if config.optim.learning_rate is not None:
         return config.optim.learning_rate
     method = config.adapter.method
-    return _RATES[method] if method in _RATES else cf.methods.METHODS[method].learning_rate
+    return RATES[method] if method in RATES else cf.methods.METHODS[method].learning_rate
 
 
 def load_task(config: Config) -> Task:
@@ -109,11 +104,13 @@ def make_plan(
         ValueError: If the settings and the model do not fit.
     """
     adapter = config.adapter
-    if adapter.method == "full":
+    if adapter.method == FULL:
         return cf.make_plan(base, cf.AdapterConfig(train=".*"))
     train = (*adapter.train, *("/".join(path) for path in initialised))
-    if adapter.method in TRAINED:
-        return cf.make_plan(base, cf.AdapterConfig(train=(*TRAINED[adapter.method], *train)))
+    if adapter.method == BITFIT:
+        return cf.make_plan(base, cf.AdapterConfig(train=("bias", *train)))
+    if adapter.method == HEAD_ALONE:
+        return cf.make_plan(base, cf.AdapterConfig(train=train))
     overrides = {
         override.pattern: {**override.hyperparameters}
         | ({"method": override.method} if override.method else {})

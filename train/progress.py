@@ -1,12 +1,13 @@
-"""Progress on screen: a live bar in a terminal, now and then a plain line elsewhere."""
+"""Progress on screen: live bars in a terminal, now and then a plain line elsewhere."""
 
 import time
 from collections.abc import Iterable, Iterator
 from statistics import median
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Protocol, Self, TypeVar
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -19,22 +20,46 @@ from rich.progress import (
 T = TypeVar("T")
 
 
-class Display:
-    """A bar that moves in a terminal alone, and lines above it. Use as a context manager."""
+class Track(Protocol):
+    """Goes through items and shows how far it has come; see `Display.track`."""
 
-    def __init__(self, console: Console, *columns: ProgressColumn) -> None:
+    def __call__(self, items: Iterable[T], total: int, what: str) -> Iterator[T]:
+        """Yields the items."""
+
+
+def untracked(items: Iterable[T], total: int, what: str) -> Iterator[T]:
+    """Goes through items and shows nothing; see `Display.track`."""
+    del total, what
+    return iter(items)
+
+
+class Display:
+    """Bars that move in a terminal alone, and lines above them. Use as a context manager."""
+
+    def __init__(
+        self,
+        console: Console,
+        *columns: ProgressColumn,
+        every_seconds: float = 10.0,
+        after: float = 2.0,
+    ) -> None:
         """Prepares the display.
 
         Args:
             console: Where to write.
-            columns: What the bar shows.
+            columns: What the bar of the whole shows, if there is one.
+            every_seconds: Shortest time between plain lines.
+            after: Seconds before what is tracked has a bar.
         """
-        self._console = console
+        self._console, self._every = console, every_seconds
         self._bar = Progress(*columns, console=console)
+        self._tracked = _Late(after, console)
+        bars = Group(self._bar, self._tracked)
+        self._live = Live(bars, console=console, refresh_per_second=10)
 
     def __enter__(self) -> Self:
         if self._console.is_terminal:
-            self._bar.start()
+            self._live.start()
         return self
 
     def __exit__(
@@ -44,11 +69,50 @@ class Display:
         traceback: TracebackType | None,
     ) -> None:
         if self._console.is_terminal:
-            self._bar.stop()
+            self._live.stop()
 
     def say(self, message: str) -> None:
-        """Prints a line above the bar."""
+        """Prints a line above the bars."""
         self._console.print(message, highlight=False, markup=False, soft_wrap=True)
+
+    def track(self, items: Iterable[T], total: int, what: str) -> Iterator[T]:
+        """Goes through items, with a bar of their own, until they end, if that takes long.
+
+        Args:
+            items: The items.
+            total: How many there are.
+            what: What is done, and to what, such as "checking image".
+
+        Yields:
+            The items.
+        """
+        task = self._tracked.add_task(what, total=total)
+        began = printed = time.monotonic()
+        try:
+            for done, item in enumerate(items, start=1):
+                yield item
+                self._tracked.update(task, completed=done)
+                now = time.monotonic()
+                if not self._console.is_terminal and now - printed >= self._every:
+                    printed = now
+                    left = duration((now - began) / done * (total - done))
+                    self.say(f"{what} {done}/{total}  {left} left")
+        finally:
+            self._tracked.remove_task(task)
+
+
+class _Late(Progress):
+    """Bars of what has been going on for some time."""
+
+    def __init__(self, after: float, console: Console) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=None))
+        super().__init__(*columns, MofNCompleteColumn(), TimeRemainingColumn(), console=console)
+        self._after = after
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        # Asked for at every refresh, so that a bar appears even while its first item takes long.
+        late = [task for task in self.tasks if (task.elapsed or 0.0) >= self._after]
+        yield self.make_tasks_table(late)
 
 
 class TrainingProgress(Display):
@@ -78,8 +142,9 @@ class TrainingProgress(Display):
             MofNCompleteColumn(),
             TextColumn(f"loss {{task.fields[loss]}}  {{task.fields[speed]}} {unit}/s"),
             TimeRemainingColumn(),
+            every_seconds=every_seconds,
         )
-        self._total, self._unit, self._every = total, unit, every_seconds
+        self._total, self._unit = total, unit
         self._began = self._printed = self._updated = time.monotonic()
         self._size = 0
         self._seconds: list[float] = []
@@ -131,8 +196,9 @@ class CountProgress(Display):
             every_seconds: Shortest time between plain lines.
         """
         columns = (BarColumn(bar_width=None), MofNCompleteColumn(), TimeRemainingColumn())
-        super().__init__(console, TextColumn("{task.description}"), *columns)
-        self._what, self._total, self._done, self._every = what, total, done, every_seconds
+        description = TextColumn("{task.description}")
+        super().__init__(console, description, *columns, every_seconds=every_seconds)
+        self._what, self._total, self._done = what, total, done
         self._printed = time.monotonic()
         self._task = self._bar.add_task(what, total=total, completed=done)
 
@@ -148,37 +214,6 @@ class CountProgress(Display):
         if not self._console.is_terminal and now - self._printed >= self._every:
             self._printed = now
             self.say(f"{self._what}: {self._done} of {self._total}")
-
-
-def track(
-    items: Iterable[T], total: int, what: str, console: Console | None = None, after: float = 2.0
-) -> Iterator[T]:
-    """Goes through items, with a bar in a terminal if that takes long.
-
-    Args:
-        items: The items.
-        total: How many there are.
-        what: What is done with them, for the bar.
-        console: Where to write; None is standard output.
-        after: Seconds before the bar appears.
-
-    Yields:
-        The items.
-    """
-    console = console or Console()
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn())
-    bar = Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
-    task, began = bar.add_task(what, total=total), time.monotonic()
-    try:
-        for item in items:
-            if console.is_terminal and time.monotonic() - began > after:
-                bar.start()
-            yield item
-            bar.advance(task)
-    finally:
-        # To stop what never started would print an empty line.
-        if bar.live.is_started:
-            bar.stop()
 
 
 def duration(seconds: float) -> str:

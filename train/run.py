@@ -10,6 +10,7 @@ import circflax as cf
 from train import report, settings
 from train.config import Config, ConfigError
 from train.parts import load_model, load_task, make_plan
+from train.progress import Display
 from train.trainer import Trainer
 
 CONFIG, ADAPTER = "config.yaml", "adapter"
@@ -51,11 +52,15 @@ def run(config: Config, console: Console | None = None) -> report.Summary:
     untrained = trainer.start()[0].small
     if workload.compared:
         console.print(f"measuring {', '.join(workload.compared)} before the training")
-    before = {name: trainer.evaluate(untrained, name) for name in workload.compared}
+    with Display(console) as display:
+        before = {
+            name: trainer.evaluate(untrained, name, display.track) for name in workload.compared
+        }
     best, progress = trainer.train(directory, console)
     last = "test" if "test" in workload.splits else "validation"
     measured = dict.fromkeys((last, *workload.compared))
-    after = {name: trainer.evaluate(best, name) for name in measured}
+    with Display(console) as display:
+        after = {name: trainer.evaluate(best, name, display.track) for name in measured}
 
     adapter = directory / ADAPTER
     name = config.model.name

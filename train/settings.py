@@ -12,6 +12,7 @@ import re
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -45,7 +46,8 @@ def load(argv: Sequence[str], kind: type[Settings] = Config, **about: str) -> Se
     try:
         namespace = parser.parse_args(list(argv))
     except jsonargparse.ArgumentError as error:
-        raise ConfigError(_sentence(str(error), kind)) from None
+        message = str(error)
+        raise ConfigError(_sentence(message, kind, _entry(parser, argv, kind, message))) from None
     namespace.pop("config")
     try:
         return kind(**vars(parser.instantiate(namespace)))
@@ -119,19 +121,38 @@ def _name_entry(
     return error
 
 
+def _entry(
+    parser: jsonargparse.ArgumentParser, argv: Sequence[str], kind: type, message: str
+) -> str:
+    """The name of the entry that a message is about, which leaves it out; a star if no file's."""
+    for path in _files(argv):
+        sections = _load_yaml(Path(path).read_text(encoding="utf-8"))
+        for key, hint in typing.get_type_hints(kind).items():
+            mapping = typing.get_origin(hint) is dict and _holds_sections(hint)
+            for name, value in sections.get(key, {}).items() if mapping else ():
+                try:
+                    parser.parse_object({key: {name: value}})
+                except jsonargparse.ArgumentError as error:
+                    if str(error) == message:
+                        return str(name)
+    return "*"
+
+
+def _files(argv: Sequence[str]) -> list[str]:
+    """The YAML files that are given."""
+    apart = (a.split("=", 1) if a.startswith("--config=") else [a] for a in argv)
+    return [path for option, path in pairwise(chain(*apart)) if option == "--config"]
+
+
 def _check_arguments(argv: Sequence[str], kind: type) -> None:
     """Refuses unknown keys before parsing, where the nearest right key can still be named."""
     keys = _keys(kind)
     known = [*keys, "config", "help", "print_config"]
     dictionaries = tuple(f"{k}." for k, hint in keys.items() if typing.get_origin(hint) is dict)
-    expects_file = False
+    for path in _files(argv):
+        _check_file(path, kind)
     for argument in argv:
-        if expects_file:
-            _check_file(argument, kind)
-        option, separator, value = argument.partition("=")
-        expects_file = argument == "--config"
-        if option == "--config" and separator:
-            _check_file(value, kind)
+        option = argument.partition("=")[0]
         if option.startswith("--"):
             key = option[2:].removesuffix("+")
             # A dictionary's own keys follow its name: --adapter.hyperparameters.block_size 128.
@@ -217,10 +238,10 @@ def _keys(kind: type) -> dict[str, Any]:
     }
 
 
-def _sentence(message: str, kind: type) -> str:
+def _sentence(message: str, kind: type, entry: str) -> str:
     """Turns the parser's message of several lines into one sentence with the key and its type."""
     keys = re.findall(r'key "([^"]+)"', message)
-    name, hint = _locate(keys, kind)
+    name, hint = _locate(keys, kind, entry)
     required = re.search(r"arguments are required: (.*)", message)
     if required:
         return f"`{name}{'.' if name else ''}{required[1]}` must be set"
@@ -230,7 +251,7 @@ def _sentence(message: str, kind: type) -> str:
     group = re.search(r"Group '([^']+)' does not accept option '([^']+)'", message)
     option = re.search(r"Option '([^']+)' is not accepted", message)
     if group or option:
-        name, section = _locate([*keys, group[1]] if group else keys, kind)
+        name, section = _locate([*keys, group[1]] if group else keys, kind, entry)
         known = [f"{name}.{field}" for field in typing.get_type_hints(section)]
         return str(_unknown(f"{name}.{group[2] if group else option[1]}", known, kind))
     value = re.findall(r"(?:Got|Given) value: (.*)", message)
@@ -239,15 +260,15 @@ def _sentence(message: str, kind: type) -> str:
     return f"`{name}` must be {_describe(hint)}, not {value[-1]!r}"
 
 
-def _locate(keys: Iterable[str], kind: type) -> tuple[str, Any]:
-    """The name and the type of what nested keys lead to, with a star for any entry's name."""
+def _locate(keys: Iterable[str], kind: type, entry: str) -> tuple[str, Any]:
+    """The name and the type of what nested keys lead to, given the name of a mapping's entry."""
     name, hint = [], kind
     for key in keys:
         for part in key.split("."):
             hint = typing.get_type_hints(hint)[part]
             name.append(part)
         if typing.get_origin(hint) is dict and _holds_sections(hint):
-            name.append("*")
+            name.append(entry)
         sections = [item for item in typing.get_args(hint) if dataclasses.is_dataclass(item)]
         hint = sections[0] if sections else hint
     return ".".join(name), hint

@@ -22,9 +22,10 @@ from train.checkpoints import Checkpoints, Progress
 from train.config import Config
 from train.failures import TrainingError
 from train.log import MetricsLog
+from train.methods import IN_PLACE
 from train.optimizer import make_optimizer
 from train.parts import learning_rate
-from train.progress import TrainingProgress
+from train.progress import Track, TrainingProgress, untracked
 from train.steps import TrainState, make_forward, make_generate, make_train_step
 from train.tasks.task import Evaluation, Runner, Workload
 
@@ -45,7 +46,13 @@ class _Run:
 
 
 class Observer(Protocol):
-    """Is told of every update and evaluation of a run that leaves no files."""
+    """Is told of every update and evaluation of a run that leaves no files.
+
+    Attributes:
+        track: Shows how far an evaluation has come.
+    """
+
+    track: Track
 
     def append(self, *, step: int, epoch: int, split: str, **values: float) -> None:
         """Takes one record, as `MetricsLog.append` does."""
@@ -110,8 +117,8 @@ class Trainer:
         self._workload = workload
         self._steps_per_epoch = len(workload.train_batches(config.run.seed, 0))
         self._total = config.optim.epochs * self._steps_per_epoch
-        own_rate = config.adapter.method in ("full", "bitfit")
-        fast = frozenset(plan.trained) - frozenset(head) if own_rate else frozenset()
+        in_place = config.adapter.method in IN_PLACE
+        fast = frozenset(plan.trained) - frozenset(head) if in_place else frozenset()
         rate = learning_rate(config)
         self._optimizer = make_optimizer(config.optim, rate, plan, self._total, fast)
         self.compiled = compiled or _compiled(config, model, plan, workload, self._optimizer)
@@ -172,19 +179,20 @@ class Trainer:
         small = cf.init_adapters(init_key, self._plan, self._base)
         return TrainState(small, self._optimizer.init(small), jnp.zeros((), jnp.int32)), rng
 
-    def evaluate(self, small: Any, split: str) -> Evaluation:
+    def evaluate(self, small: Any, split: str, track: Track = untracked) -> Evaluation:
         """Measures a split.
 
         Args:
             small: A small tree.
             split: The split's name.
+            track: Shows how far it has come.
 
         Returns:
             Its metrics and loss.
         """
         compiled = self.compiled
         generate = compiled.generate and functools.partial(compiled.generate, small, self._base)
-        runner = Runner(functools.partial(compiled.predict, small, self._base), generate)
+        runner = Runner(functools.partial(compiled.predict, small, self._base), generate, track)
         return self._workload.evaluate(split, runner)
 
     def _go_on(self, run: _Run, outlets: _Outlets) -> None:
@@ -219,7 +227,7 @@ class Trainer:
     def _close_epoch(self, run: _Run, epoch: int, outlets: _Outlets) -> None:
         """Evaluates, keeps the best, and saves."""
         self._check(run, outlets)
-        evaluation = self.evaluate(run.state.small, "validation")
+        evaluation = self.evaluate(run.state.small, "validation", outlets.bar.track)
         result, loss = evaluation.metrics, evaluation.loss
         step, value = int(run.state.step), result[self._metric]
         outlets.log.append(step=step, epoch=epoch + 1, split="validation", loss=loss, **result)

@@ -1,7 +1,6 @@
 """What adapters of a model cost, as a table: parameters, bytes, operations, memory."""
 
 import ast
-import difflib
 import math
 import sys
 from collections.abc import Callable, Mapping
@@ -18,6 +17,7 @@ from circflax import costs
 from circflax.cli._cost_table import cost_table, short_number
 from circflax.costs import Costs
 from circflax.methods import METHODS, LoRA, make_method
+from circflax.methods._registry import nearest
 from circflax.tree import AdapterConfig, AdapterFile, Layout, Layouts, Path, Plan, make_plan
 from circflax.tree._paths import flatten, join, unflatten
 
@@ -124,9 +124,7 @@ def _config(spec: str, targets: tuple[str, ...], head: tuple[str, ...]) -> Adapt
             return AdapterConfig(train=".*")
     known = [*_WITHOUT_ADAPTERS, *METHODS]
     if name not in known:
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise ValueError(f"unknown method {name!r}; {hint}There are {', '.join(known)}.")
+        raise ValueError(f"unknown method {name!r}; {nearest(name, known)}")
     values = {}
     for pair in filter(None, hyperparameters.split(",")):
         key, _, value = pair.partition("=")

@@ -2,7 +2,7 @@
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from circflax.methods._method import Method
@@ -41,7 +41,7 @@ def make_method(name: str, hyperparameters: Mapping[str, Any] | None = None) -> 
         C3A(b=64, init_weights='zeros')
     """
     if name not in METHODS:
-        raise ValueError(f"unknown method {name!r}; {_nearest(name, METHODS)}")
+        raise ValueError(f"unknown method {name!r}; {nearest(name, METHODS)}")
     return replace_hyperparameters(METHODS[name](), hyperparameters or {})
 
 
@@ -51,12 +51,13 @@ def replace_hyperparameters(method: Method, hyperparameters: Mapping[str, Any]) 
     for name in hyperparameters:
         if name not in known:
             raise ValueError(
-                f"{method.name} has no hyperparameter {name!r}; {_nearest(name, known)}"
+                f"{method.name} has no hyperparameter {name!r}; {nearest(name, known)}"
             )
     return dataclasses.replace(method, **hyperparameters)
 
 
-def _nearest(name: str, known: Mapping[str, Any] | list[str]) -> str:
+def nearest(name: str, known: Collection[str]) -> str:
+    """What to say of an unknown name: the known one nearest to it, if any, and all there are."""
     close = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
     return f"{hint}There are {', '.join(known)}."

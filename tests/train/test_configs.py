@@ -12,7 +12,8 @@ from circflax import make_method
 from circflax.methods import PRESETS
 from train import settings
 from train.compare.grid import Grid
-from train.parts import LAMDA_PP, TRAINED, make_plan
+from train.methods import RATES
+from train.parts import make_plan
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 COMPARISONS = sorted((CONFIGS / "compare").glob("*.yaml"))
@@ -44,14 +45,14 @@ PARAMETERS = {
 def test_a_comparison_loads_and_names_methods(path: Path) -> None:
     grid = settings.load(["--config", str(path)], Grid)
     for method in grid.methods.values():
-        if method.method not in ("full", LAMDA_PP, *TRAINED):
+        if method.method not in RATES:
             assert make_method(method.method, method.hyperparameters)
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
 def test_it_loads_and_names_a_method(path: Path) -> None:
     adapter = settings.load(["--config", str(path)]).adapter
-    if adapter.method not in ("full", LAMDA_PP, *TRAINED):
+    if adapter.method not in RATES:
         assert make_method(adapter.method, adapter.hyperparameters)
 
 

@@ -1,11 +1,12 @@
 """Progress in a terminal and in a file."""
 
 import io
+import time
 
 import pytest
 from rich.console import Console
 
-from train.progress import TrainingProgress, duration, track
+from train.progress import Display, TrainingProgress, duration, untracked
 
 
 def test_plain_lines_without_control_characters():
@@ -32,12 +33,37 @@ def test_a_bar_in_a_terminal():
     assert "loss 0.2500" in output.getvalue()
 
 
-@pytest.mark.parametrize(("terminal", "after"), [(True, 0.0), (True, 60.0), (False, 0.0)])
-def test_a_bar_where_going_through_items_takes_long(terminal, after):
+@pytest.mark.parametrize(("after", "shown"), [(0.1, True), (60.0, False)])
+def test_a_bar_of_its_own_where_going_through_items_takes_long(after, shown):
     output = io.StringIO()
-    console = Console(file=output, force_terminal=terminal, width=80)
-    assert list(track(iter("abc"), 3, "checking", console, after)) == list("abc")
-    assert ("checking" in output.getvalue()) == bool(output.getvalue()) == (terminal and not after)
+    console = Console(file=output, force_terminal=True, width=80)
+    with Display(console, after=after) as display:
+        tracked = display.track(iter("abc"), 3, "checking")
+        assert next(tracked) == "a"
+        # The bar appears while the first item takes long.
+        until = time.monotonic() + (10.0 if shown else 0.3)
+        while "0/3" not in output.getvalue() and time.monotonic() < until:
+            time.sleep(0.01)
+        assert list(tracked) == ["b", "c"]
+        before = output.getvalue()
+        display.say("done")
+    assert ("checking" in before) == ("0/3" in before) == shown
+    # Once all are gone through, nothing of the bar is drawn again.
+    assert "checking" not in output.getvalue()[len(before) :]
+
+
+def test_plain_lines_where_going_through_items_takes_long():
+    for every, lines in ((0.0, ["checking 1/3", "checking 2/3", "checking 3/3"]), (60.0, [])):
+        output = io.StringIO()
+        console = Console(file=output, force_terminal=False, width=80)
+        with Display(console, every_seconds=every) as display:
+            assert list(display.track(iter("abc"), 3, "checking")) == list("abc")
+        assert [line.partition("  ")[0] for line in output.getvalue().splitlines()] == lines
+
+
+def test_nothing_is_shown_where_nothing_is_tracked(capsys):
+    assert list(untracked(iter("abc"), 3, "checking")) == list("abc")
+    assert capsys.readouterr() == ("", "")
 
 
 def test_duration():

@@ -15,6 +15,7 @@ from train.compare.grid import Cell, Grid
 from train.compare.records import Record
 from train.config import ConfigError
 from train.parts import load_model, make_plan
+from train.progress import untracked
 from train.tasks.text import TextClassification, Texts
 from train.trainer import Compiled, Trainer
 
@@ -164,6 +165,8 @@ class _Watch:
 
     def say(self, message: str) -> None:
         pass
+
+    track = staticmethod(untracked)
 
 
 class _Compiling:

@@ -16,6 +16,7 @@ from train.config import (
     OptimConfig,
     RunConfig,
 )
+from train.methods import HEAD_ALONE
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class Cell:
     @property
     def rate(self) -> float | None:
         """Peak learning rate of the adapters, if there are any."""
-        return None if self.config.adapter.method == "none" else self.config.optim.learning_rate
+        return None if self.config.adapter.method == HEAD_ALONE else self.config.optim.learning_rate
 
     @cached_property
     def settings(self) -> dict[str, Any]:
@@ -264,11 +265,11 @@ class Grid:
 
 
 def _check_rates(label: str, method: MethodConfig) -> None:
-    if method.method == "none" and method.learning_rates:
+    if method.method == HEAD_ALONE and method.learning_rates:
         raise ConfigError(
             f"`methods.{label}.learning_rates` has no use: nothing but the head trains"
         )
-    if method.method != "none" and not method.learning_rates:
+    if method.method != HEAD_ALONE and not method.learning_rates:
         raise ConfigError(f"`methods.{label}.learning_rates` is empty")
     if not method.head_learning_rates:
         raise ConfigError(f"`methods.{label}.head_learning_rates` is empty")

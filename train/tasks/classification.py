@@ -51,7 +51,9 @@ class Labelled:
 
     def evaluate(self, split: str, runner: Runner) -> Evaluation:
         """See `evaluate` beside this class."""
-        return evaluate(self.eval_batches(split), self.labels(split), self.label_names, runner)
+        batches = self.eval_batches(split)
+        logits = batches.in_order(runner.predict_all(batches, split))
+        return evaluate(logits, self.labels(split), self.label_names)
 
 
 def head_config(names: Sequence[str]) -> dict[str, Any]:
@@ -101,21 +103,17 @@ def losses(logits: jax.Array, batch: Mapping[str, jax.Array]) -> tuple[jax.Array
     return jnp.sum(batch["weights"] * each_loss(logits, batch["labels"])), jnp.sum(batch["weights"])
 
 
-def evaluate(
-    batches: Batches, labels: np.ndarray, names: Sequence[str], runner: Runner
-) -> Evaluation:
-    """Predicts a split and compares with its labels.
+def evaluate(logits: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> Evaluation:
+    """Compares the predictions of a split with its labels.
 
     Args:
-        batches: Its batches; the runner gives the logits of one.
-        labels: The labels of its examples: indices, or numbers for regression.
+        logits: (examples, classes), or (examples, 1) for regression.
+        labels: (examples,), indices, or numbers for regression.
         names: The classes; none for regression.
-        runner: The model.
 
     Returns:
         The metrics, and for classes a picture of which were taken for which.
     """
-    logits = batches.in_order([np.asarray(runner.predict(batch)) for batch in batches])
     result = metrics.compute(logits, labels)
     loss = float(np.mean(each_loss(jnp.asarray(logits), jnp.asarray(labels))))
     if not 2 <= len(names) <= _MOST_CLASSES:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, BinaryIO, Protocol, Self, TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps
+from rich.console import Console
 
-from train.progress import track
+from train.progress import Display
 from train.tasks.records import DataError
 
 if TYPE_CHECKING:
@@ -170,7 +171,9 @@ def find_broken(images: Files | Rows) -> dict[int, str]:
             return " ".join(str(error).split())
         return None
 
-    problems = track(in_threads(problem, range(len(images))), len(images), "checking images")
+    found = in_threads(problem, range(len(images)))
+    with Display(Console()) as display:
+        problems = list(display.track(found, len(images), "checking image"))
     return {index: why for index, why in enumerate(problems) if why is not None}
 
 

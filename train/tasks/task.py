@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
+import numpy as np
 
+from train.progress import Track, untracked
 from train.tasks.batches import Batch, Batches
 
 if TYPE_CHECKING:
@@ -41,10 +43,25 @@ class Runner:
         predict: What `Workload.rows` keeps of a batch.
         generate: Continues token ids (batch, length), padded on the left, with their attention
             mask and a key; returns the ids of both. None if the workload does not generate.
+        track: Shows how far an evaluation has come.
     """
 
     predict: Callable[[Batch], jax.Array]
     generate: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] | None = None
+    track: Track = untracked
+
+    def predict_all(self, batches: Batches, split: str) -> list[np.ndarray]:
+        """Predicts a split.
+
+        Args:
+            batches: Its batches.
+            split: Its name.
+
+        Returns:
+            What `predict` gives of each batch.
+        """
+        tracked = self.track(batches, len(batches), f"evaluating {split}, batch")
+        return [np.asarray(self.predict(batch)) for batch in tracked]
 
 
 class Workload(Protocol):

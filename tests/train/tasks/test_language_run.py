@@ -6,9 +6,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from transformers import BloomConfig, FlaxBloomForCausalLM
 
 import circflax as cf
-from tests.train.tasks.language import write_llama
+from tests.train.tasks.language import make_tokenizer, write_llama
 from train import settings, trainer
 from train.__main__ import main
 from train.run import run
@@ -180,6 +181,22 @@ def test_bad_input_is_one_sentence(more, message, arguments, tmp_path, capsys) -
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and error.startswith("error: ")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_cannot_keep_examples_apart_is_refused_before_the_run(
+    arguments, tmp_path, capsys
+) -> None:
+    tokenizer = make_tokenizer()
+    config = BloomConfig(len(tokenizer), hidden_size=16, n_layer=1, n_head=2)
+    FlaxBloomForCausalLM(config).save_pretrained(tmp_path / "bloom")
+    tokenizer.save_pretrained(tmp_path / "bloom")
+    more = ["--model.name", str(tmp_path / "bloom"), "--adapter.targets", "[query_key_value]"]
+    assert main([*arguments, *SUMS, *more]) == 2
+    error = capsys.readouterr().err
+    assert "no attention that holds a causal mask" in error and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+    # With one example a row there is nothing to keep apart.
+    assert main([*arguments, *SUMS, *more, "--language.packing", "false"]) == 0
 
 
 def test_a_vocabulary_that_the_model_lacks(arguments, tmp_path, capsys) -> None:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 import jax
 
 from train import gsm8k
-from train.generation import Generate, answer
+from train.generation import answer
 from train.tasks.language.objective import EXACT_MATCH
 from train.tasks.language.tokens import Exchange
+from train.tasks.task import Runner
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -89,7 +90,7 @@ def choose_exchanges(
 
 def answer_all(
     exchanges: tuple[Exchange, ...],
-    generate: Generate,
+    runner: Runner,
     tokenizer: "PreTrainedTokenizerFast",
     batch_size: int,
     longest: int,
@@ -99,7 +100,7 @@ def answer_all(
 
     Args:
         exchanges: What it is asked.
-        generate: The compiled model.
+        runner: The model.
         tokenizer: Turns its tokens into text.
         batch_size: Prompts at once.
         longest: Tokens that a prompt can have.
@@ -110,5 +111,13 @@ def answer_all(
     """
     prompts = [exchange.prompt_ids for exchange in exchanges]
     key = jax.random.key(seed)
-    texts = answer(prompts, generate, tokenizer, batch_size=batch_size, longest=longest, key=key)
+    texts = answer(
+        prompts,
+        runner.generate,
+        tokenizer,
+        batch_size=batch_size,
+        longest=longest,
+        key=key,
+        track=runner.track,
+    )
     return Answered(exchanges, tuple(texts))

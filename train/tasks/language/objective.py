@@ -1,6 +1,6 @@
 """The loss of the next token, and what evaluation makes of it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +8,7 @@ import numpy as np
 import optax
 
 from train.metrics import PERPLEXITY
-from train.tasks.batches import Batches
-from train.tasks.task import Evaluation, Runner
+from train.tasks.task import Evaluation
 
 METRICS = (PERPLEXITY, "token_accuracy")
 EXACT_MATCH = "exact_match"
@@ -67,12 +66,11 @@ def rows(logits: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
     return jnp.stack([jnp.sum(a, -1) for a in (_each_loss(logits, batch), counts, right)], -1)
 
 
-def evaluate(batches: Batches, runner: Runner) -> Evaluation:
-    """Measures a split.
+def evaluate(measured: Sequence[np.ndarray]) -> Evaluation:
+    """Sums up what was measured of a split.
 
     Args:
-        batches: Its batches; the runner gives `rows` of one.
-        runner: The model.
+        measured: The `rows` of each of its batches, (batch, 3).
 
     Returns:
         The perplexity and the part of tokens that were predicted right, over all tokens that
@@ -81,8 +79,7 @@ def evaluate(batches: Batches, runner: Runner) -> Evaluation:
     Raises:
         ValueError: If the perplexity is not finite.
     """
-    parts = [np.asarray(runner.predict(batch), np.float64).sum(0) for batch in batches]
-    loss, count, right = np.sum(parts, 0)
+    loss, count, right = np.concatenate(measured).sum(0, dtype=np.float64)
     mean = loss / count
     with np.errstate(over="ignore"):
         perplexity = np.exp(mean)

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+import circflax as cf
 from train.config import Config, LanguageConfig
 from train.generation import Sampling, longest_prompt
 from train.tasks.batches import Batch, Batches
@@ -59,6 +61,7 @@ class LanguageModelling:
 
         Raises:
             DataError: If tokenizer, model, settings and examples do not fit.
+            ValueError: If examples are to share rows, but the model cannot keep them apart.
         """
         from transformers import AutoTokenizer
 
@@ -71,6 +74,8 @@ class LanguageModelling:
             raise DataError(
                 f"`language.max_length` {length} exceeds the {positions} positions of the model"
             )
+        if language.packing and language.format != "text":
+            _check_apart(model)
         notes = [*self._notes]
         parts, asked = {}, {}
         longest = longest_prompt(model.config, _sampling(language)) if language.generate else 0
@@ -168,19 +173,21 @@ class Language:
     def evaluate(self, split: str, runner: Runner) -> Evaluation:
         """See `objective.evaluate`; with generated answers where these are asked for."""
         size = self.config.optim.eval_batch_size
-        evaluation = objective.evaluate(self.parts[split].batches(size), runner)
+        measured = runner.predict_all(self.parts[split].batches(size), split)
+        evaluation = objective.evaluate(measured)
         if split not in self.asked:
             return evaluation
         answered = answer_all(
-            self.asked[split],
-            runner.generate,
-            self.tokenizer,
-            size,
-            self.longest,
-            self.config.run.seed,
+            self.asked[split], runner, self.tokenizer, size, self.longest, self.config.run.seed
         )
         metrics = evaluation.metrics | answered.metrics(_has_numbers(self.config.language))
         return Evaluation(metrics, evaluation.loss, answered.save)
+
+
+def _check_apart(model: "FlaxPreTrainedModel") -> None:
+    """Refuses a model that cannot keep the examples of a row apart, before anything is compiled."""
+    run, ids = cf.linen.keep_apart(model), jnp.zeros((1, 2), jnp.int32)
+    jax.eval_shape(lambda params: run(ids, params=params, segment_ids=ids), model.params_shape_tree)
 
 
 def _sampling(language: LanguageConfig) -> Sampling:
