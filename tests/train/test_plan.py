@@ -336,6 +336,8 @@ class TestRefusals:
             topology.find_topology("v5e:2x2")
 
 
+# The cache that all tests share cannot give programs for chips that are not there.
+@pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")
 @pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is not installed"
 )
@@ -368,7 +370,8 @@ class TestCompiling:
         assert record["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1}
         assert record["speed"]["compute"] > 0 and record["speed"]["units"] == 8 * 16
         assert sum(record["parts"].values()) == record["peak"] < record["capacity"]
-        assert any(each["sent"] > 0 for each in record["traffic"])
+        sent = {(each["kind"], each["carries"]): each["sent"] for each in record["traffic"]}
+        assert sent["all-reduce", "gradients"] > 0
 
     def test_a_step_that_does_not_fit(self, arguments, capsys):
         assert main([*arguments, "--optim.batch_size", "16000000"]) == 1

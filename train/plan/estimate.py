@@ -29,7 +29,8 @@ class Traffic:
 
     Attributes:
         kind: Such as "all-gather".
-        carries: Weights, gradients or activations, as far as shapes tell them apart.
+        carries: Weights, gradients, scalars, or intermediates (activations, sums in the making),
+            as far as shapes tell them apart.
         count: How many of them run in a step.
         sent: Bytes that a chip sends in a step.
         place: The part of the model where most of it is sent.
@@ -206,7 +207,7 @@ def sum_traffic(collectives: tuple[Collective, ...], step: Step) -> tuple[Traffi
 
 
 def _carried(step: Step) -> Callable[[Collective], str]:
-    """Tells weights and gradients from activations, by shapes."""
+    """Tells weights and gradients from what is computed in between, by shapes."""
     state, base, _, _ = step.arguments
     weights = _shapes(base, step.placement.base)
     trained = _shapes(state.small, step.placement.small)
@@ -217,7 +218,7 @@ def _carried(step: Step) -> Callable[[Collective], str]:
             return "scalars"
         if each.kind in ("all-reduce", "reduce-scatter") and shapes & trained:
             return "gradients"
-        return "weights" if shapes <= weights else "activations"
+        return "weights" if shapes <= weights else "intermediates"
 
     return carried
 

@@ -41,6 +41,8 @@ ENVIRONMENT = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_WORKER_ID": "0",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    # Nothing is there that could read a program back from JAX's cache.
+    "JAX_ENABLE_COMPILATION_CACHE": "false",
 }
 _GIB = 2**30
 # Published figures: https://cloud.google.com/tpu/docs/v5e, and likewise v5p, v6e and v4. Of the
