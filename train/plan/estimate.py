@@ -152,7 +152,7 @@ def estimate(config: Config, topology: Topology, step: Step, notes: tuple[str, .
         JaxRuntimeError: If compiling fails for another reason than memory.
     """
     chip = topology.chip
-    parts = argument_bytes(step)
+    parts = _argument_bytes(step)
     start = time.perf_counter()
     lowered = step.run.lower(*step.arguments)
     try:
@@ -166,18 +166,26 @@ def estimate(config: Config, topology: Topology, step: Step, notes: tuple[str, .
     else:
         peak, capacity, fits = cf.costs.peak_memory(compiled), chip.memory, True
         program = read_program(compiled.as_text(), len(topology.devices))
-        traffic = sum_traffic(program.collectives, step)
+        traffic = _sum_traffic(program.collectives, step)
         speed = _speed(config, chip, program, step)
     seconds = time.perf_counter() - start
     parts[REST] = max(0, peak - sum(parts.values()))
-    mesh = dict(step.placement.mesh.shape)
     return Estimate(
-        *(topology.name, len(topology.devices), mesh, peak, capacity, parts),
-        *(fits, traffic, speed, seconds, notes),
+        topology=topology.name,
+        chips=len(topology.devices),
+        mesh=dict(step.placement.mesh.shape),
+        peak=peak,
+        capacity=capacity,
+        parts=parts,
+        fits=fits,
+        traffic=traffic,
+        speed=speed,
+        compile_seconds=seconds,
+        notes=notes,
     )
 
 
-def argument_bytes(step: Step) -> dict[str, int]:
+def _argument_bytes(step: Step) -> dict[str, int]:
     """Bytes on one chip of what a step is given, by what it is."""
     state, base, batch, _ = step.arguments
     at = step.placement
@@ -189,7 +197,7 @@ def argument_bytes(step: Step) -> dict[str, int]:
     }
 
 
-def sum_traffic(collectives: tuple[Collective, ...], step: Step) -> tuple[Traffic, ...]:
+def _sum_traffic(collectives: tuple[Collective, ...], step: Step) -> tuple[Traffic, ...]:
     """Sums operations by their kind and by what they carry, the largest sums first."""
     carried = _carried(step)
     groups: dict[tuple[str, str], list[Collective]] = {}
