@@ -1,6 +1,5 @@
 """What a run is put together from: its task, the base model, and what trains of it."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -47,10 +46,15 @@ def load_task(config: Config) -> Task:
     Raises:
         ValueError: If examples and settings do not fit.
     """
-    return _TASKS[type(config.examples)](config)
+    return find_task(config)(config)
 
 
-_TASKS: dict[type, Callable[[Config], Task]] = {
+def find_task(config: Config) -> type[Task]:
+    """The task that a run's examples are for; nothing is read."""
+    return _TASKS[type(config.examples)]
+
+
+_TASKS: dict[type, type[Task]] = {
     DataConfig: TextClassification,
     ImagesConfig: ImageClassification,
     LanguageConfig: LanguageModelling,
