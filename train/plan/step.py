@@ -110,9 +110,10 @@ def make_step(
     plan = make_plan(config, model, base, outline.new_leaves)
     optimizer = make_optimizer(optim, learning_rate(config), plan, steps=100)
     state = first_state(plan, optimizer, base)
-    forward = make_forward(model, plan, rematerialize=config.model.gradient_checkpointing)
-    losses = objective.losses if config.language.given else classification.losses
     placement = None if devices is None else make_placement(config.mesh, plan, base, devices)
+    rematerialize = config.model.gradient_checkpointing
+    forward = make_forward(model, plan, rematerialize=rematerialize, placement=placement)
+    losses = objective.losses if config.language.given else classification.losses
     run = make_train_step(forward, losses, optimizer, optim.accumulation_steps, placement)
     counted = cf.summarize(base, plan)
     key = jax.eval_shape(jax.random.key, 0)
