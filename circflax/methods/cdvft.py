@@ -94,9 +94,9 @@ class CDVFT(Additive):
         return [shape if len(shape) == 3 else (1, 1, *shape) for shape in circulants]
 
     def axes(self) -> Mapping[str, tuple[str | None, ...]]:
-        # Later circulants mix all outputs.
-        diagonals = {f"a{i}": ("out",) for i in range(3, self.factors + 1, 2)}
-        return {"a1": ("in",), "c2": ("out", "in", None)} | diagonals
+        # Later circulants mix all outputs of the first.
+        first = "out" if self.factors == 3 else None
+        return {"a1": ("in",), "c2": (first, "in", None), f"a{self.factors}": ("out",)}
 
     def flops(self, in_features: int, out_features: int) -> Flops:
         circulants = circulant_flops(self.kernels(in_features, out_features))

@@ -4,13 +4,14 @@ import math
 
 from jax.sharding import NamedSharding
 
+from circflax.sharding._rules import names_of
 from circflax.tree import Tree
 from circflax.tree._paths import flatten, join, starred
 from circflax.tree._plan import bytes_of
 from circflax.tree._summary import human_bytes
 
 # Longer names lose their beginning, so that the table fits a terminal.
-_NAME = 36
+_NAME = 40
 
 
 def tabulate(params: Tree, shardings: Tree) -> str:
@@ -30,8 +31,8 @@ def tabulate(params: Tree, shardings: Tree) -> str:
         >>> params = {str(i): {"fc1": {"kernel": jnp.zeros((64, 256))}} for i in range(2)}
         >>> mesh = cf.sharding.make_mesh(devices=jax.devices()[:1])
         >>> print(cf.sharding.tabulate(params, cf.sharding.shard_params(params, mesh)))
-        array         shape     cut up over   count  per device
-        */fc1/kernel  64 x 256  fsdp, tensor      2      131 kB
+        array         shape     cut up over  count  per device
+        */fc1/kernel  64 x 256  nothing          2      131 kB
         total 131 kB, per device 131 kB
     """
     known = flatten(shardings)
@@ -58,7 +59,8 @@ def tabulate(params: Tree, shardings: Tree) -> str:
 
 def _describe(sharding: NamedSharding) -> str:
     """The mesh's axes that cut up each axis of an array; "-" for an axis that is whole."""
-    if not any(sharding.spec):
+    sizes = sharding.mesh.shape
+    cut = [[name for name in names_of(entry) if sizes[name] > 1] for entry in sharding.spec]
+    if not any(cut):
         return "nothing"
-    named = ((entry,) if isinstance(entry, str) else entry or ("-",) for entry in sharding.spec)
-    return ", ".join("+".join(names) for names in named)
+    return ", ".join("+".join(names) or "-" for names in cut)
