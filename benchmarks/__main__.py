@@ -37,9 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     arguments = parser.parse_args(argv)
     if arguments.suite in ("tpu", "presets") or arguments.chip:
-        from benchmarks import tpu
+        from train.plan.topology import ENVIRONMENT
 
-        tpu.set_environment()
+        os.environ.update(ENVIRONMENT)
     elif arguments.suite != "gpu":
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("USE_TORCH", "0")

@@ -3,7 +3,6 @@
 Nothing is executed: the compilers say what their programs will hold at most.
 """
 
-import re
 from collections.abc import Sequence
 
 import jax
@@ -12,6 +11,7 @@ from rich.progress import track
 import circflax as cf
 from benchmarks import steps, tpu
 from benchmarks.results import Record, Results, markdown_table
+from train.plan.program import memory_wanted
 
 _HEAD = ("classifier",)
 _QUERY_VALUE = {"targets": ("query", "value"), "train": _HEAD}
@@ -97,13 +97,12 @@ def _measure(chip: str | None, step: steps.Step) -> Record:
         program = cf.costs.compile_program(step.run, *step.arguments)
         return {"peak": program.peak_memory, "compile": program.seconds, "fits": True}
     try:
-        compiled, seconds = tpu.compile_for(tpu.CHIPS[chip], step.run, step.arguments)
+        compiled, seconds = tpu.compile_for(chip, step.run, step.arguments)
     except jax.errors.JaxRuntimeError as error:
         # The compiler gives up on programs that do not fit, but says what they would take.
-        used = re.search(r"Used ([\d.]+)G of", str(error))
-        if used is None:
+        if (wanted := memory_wanted(str(error))) is None:
             raise
-        return {"peak": round(float(used[1]) * 2**30), "compile": None, "fits": False}
+        return {"peak": wanted[0], "compile": None, "fits": False}
     return {"peak": cf.costs.peak_memory(compiled), "compile": seconds, "fits": True}
 
 

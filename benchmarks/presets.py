@@ -1,18 +1,17 @@
 """The memory that a step of each preset needs, by the TPU compiler; nothing is executed."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
-import jax
 from rich.progress import track
 
 import circflax as cf
-from benchmarks import papers, runs, tpu
+from benchmarks import papers, tpu
 from benchmarks.results import Record, Results, markdown_table
 from circflax.methods import PRESETS
 from train import settings
 from train.config import Config
+from train.plan.step import make_outline, make_step
 
 _CONFIGS = Path(__file__).parents[1] / "configs"
 _FOLDERS = {"roberta-base": "glue", "roberta-large": "glue", "vit-base": "images"}
@@ -47,14 +46,14 @@ def run(results: Results, suite: str, quick: bool) -> None:
     for case in track(list(results.missing(suite, grid(quick))), "compiling for TPU"):
         name = case["preset"]
         config, model = load(name), name.split("/")[1]
-        length = None if config.images.given else config.examples.max_length
-        peaks, step = {}, None
+        peaks = {}
         for layers in (1, 2) if quick else _LAYERS:
-            step = runs.make_step(config, outline(config, model, layers), length)
-            compiled, _ = tpu.compile_for(tpu.CHIPS[CHIP], step.run, step.arguments)
+            step = make_step(config, outline(config, model, layers))
+            compiled, _ = tpu.compile_for(CHIP, step.run, step.arguments)
             peaks[layers] = cf.costs.peak_memory(compiled)
         whole = outline(config, model)
-        adapters = runs.make_step(config, whole, length).adapters
+        adapters = make_step(config, whole).adapters
+        length = None if config.images.given else config.examples.max_length
         measured = {"peak": _at(peaks, whole.model.config.num_hidden_layers), "adapters": adapters}
         measured |= {"batch": config.optim.batch_size, "parts": config.optim.accumulation_steps}
         results.add(suite, case, {name: measured | {"length": length}})
@@ -75,12 +74,7 @@ def outline(config: Config, model: str, layers: int | None = None) -> cf.interop
 
     kind, fields = papers.MODELS[_MODELS.get(model, model)]
     fields = dict(fields) if layers is None else {**fields, "num_hidden_layers": layers}
-    model_config = getattr(transformers, kind)(**fields)
-    made = cf.interop.outline_model(model_config, dtype=config.model.compute_dtype)
-    cast = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, config.model.param_dtype), made.params
-    )
-    return replace(made, params=cast)
+    return make_outline(config, getattr(transformers, kind)(**fields))
 
 
 def _at(peaks: dict[int, int], layers: int) -> int:

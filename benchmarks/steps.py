@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from rich.progress import track
 
 import circflax as cf
@@ -14,6 +13,7 @@ from benchmarks.results import Record, Results, by_case, markdown_table, millise
 from circflax.costs import peak_memory
 from train.config import OptimConfig
 from train.optimizer import make_optimizer
+from train.plan.step import first_state
 from train.steps import TrainState, make_forward, make_train_step
 from train.tasks import classification
 from train.timing import time_interleaved
@@ -112,16 +112,6 @@ def make_step(case: Record, adapter: cf.AdapterConfig) -> Step:
     forward = make_forward(model, plan)
     run = make_train_step(forward, classification.losses, optimizer, accumulation_steps=1)
     return Step(run, (state, base, batch, jax.eval_shape(jax.random.key, 0)), plan)
-
-
-def first_state(plan: cf.Plan, optimizer: optax.GradientTransformation, base: Any) -> TrainState:
-    """Shapes of the state before the first update, from shapes of the base model."""
-
-    def start(key: jax.Array, base: Any) -> TrainState:
-        small = cf.init_adapters(key, plan, base)
-        return TrainState(small, optimizer.init(small), jnp.zeros((), jnp.int32))
-
-    return jax.eval_shape(start, jax.random.key(0), base)
 
 
 def run(results: Results, suite: str, cases: Sequence[Record], rounds: int) -> None:

@@ -1,13 +1,13 @@
 """Tokens and images a second in training, with adapters and of the frozen model alone."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
 from rich.progress import track
 
 import circflax as cf
-from benchmarks import runs
 from benchmarks.results import Record, Results, by_case, markdown_table, milliseconds
 from benchmarks.steps import random_arrays, runner
 from train.config import (
@@ -19,6 +19,7 @@ from train.config import (
     ModelConfig,
     OptimConfig,
 )
+from train.plan.step import make_step
 from train.timing import time_interleaved
 
 FORWARD = "frozen, forward alone"
@@ -67,6 +68,11 @@ def run(results: Results, suite: str, quick: bool, rounds: int) -> None:
 
     for case in results.missing(suite, grid(quick)):
         kind, fields, section, _, unit = _KINDS[case["kind"]]
+        if case["length"] is not None:
+            section = {
+                name: replace(examples, max_length=case["length"])
+                for name, examples in section.items()
+            }
         fields = fields | {"num_hidden_layers": case["layers"]}
         outline = cf.interop.outline_model(getattr(transformers, kind)(**fields))
         functions: dict[str, Callable[[], None]] = {}
@@ -84,7 +90,7 @@ def run(results: Results, suite: str, quick: bool, rounds: int) -> None:
                 adapter=AdapterConfig(targets=targets, **adapter),
                 optim=OptimConfig(batch_size=case["batch"]),
             )
-            step = runs.make_step(config, outline, case["length"])
+            step = make_step(config, outline)
             state, _, batch, _ = step.arguments
             compiled = step.run.lower(*step.arguments).compile()
             functions[name] = runner(compiled, random_arrays(state), base, random_arrays(batch))

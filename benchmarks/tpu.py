@@ -5,7 +5,6 @@ kernels, which it does not estimate, the length of their schedule times the step
 what moving their operands takes, whichever is more.
 """
 
-import math
 import os
 import re
 import subprocess
@@ -18,42 +17,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.results import Record, Results, by_case, markdown_table
+from train.plan import topology
+from train.plan.program import Program, read_program
 
-
-class Chip(NamedTuple):
-    """One chip that programs are compiled for, alone.
-
-    Attributes:
-        topology: the compiler's name for it.
-        bounds: how many chips a host has along each axis, or None for the compiler's own.
-        clock: cycles in a second.
-        bandwidth: bytes of its main memory read or written in a second.
-    """
-
-    topology: str
-    bounds: tuple[int, int, int] | None
-    clock: float
-    bandwidth: float
-
-
-# Clock and bandwidth from Google's published figures: 197 and 459 bf16 TFLOP/s of 4 and 8 matrix
-# units of 128 x 128, 819 and 2765 GB/s.
-CHIPS = {
-    "v5e": Chip("v5e:1x1", (1, 1, 1), 1.50e9, 819e9),
-    "v5p": Chip("v5p:2x2x1", None, 1.75e9, 2765e9),
-}
-
-
-def set_environment() -> None:
-    """What the TPU compiler needs to start without a TPU; before JAX is imported."""
-    os.environ |= {
-        "JAX_PLATFORMS": "cpu",
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_WORKER_ID": "0",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    }
+# What programs are compiled for, by kind of chip: one chip alone.
+CHIPS = {"v5e": "v5e:1x1", "v5p": "v5p:1x1x1"}
 
 
 class Estimate(NamedTuple):
@@ -74,8 +42,8 @@ class Estimate(NamedTuple):
     compile: float
 
 
-def estimate(chip: Chip, function: Callable[..., Any], arguments: Sequence[Any]) -> Estimate:
-    """Compiles a function for one chip, from shapes.
+def estimate(chip: str, function: Callable[..., Any], arguments: Sequence[Any]) -> Estimate:
+    """Compiles a function for one chip of a kind, from shapes.
 
     Raises:
         ValueError: if the TPU compiler is not installed.
@@ -83,11 +51,11 @@ def estimate(chip: Chip, function: Callable[..., Any], arguments: Sequence[Any])
     from circflax.costs import peak_memory
 
     compiled, seconds = compile_for(chip, function, arguments)
-    program = compiled.as_text()
-    cycles = _program_cycles(program) + _kernel_cycles(program, chip)
+    program = read_program(compiled.as_text(), devices=1)
+    cycles = program.cycles + _kernel_cycles(program, chip)
     return Estimate(
         cycles=cycles,
-        seconds=cycles / chip.clock,
+        seconds=cycles / topology.CHIPS[chip].clock,
         peak=peak_memory(compiled),
         bytes=compiled.cost_analysis().get("bytes accessed", 0.0),
         compile=seconds,
@@ -95,29 +63,17 @@ def estimate(chip: Chip, function: Callable[..., Any], arguments: Sequence[Any])
 
 
 def compile_for(
-    chip: Chip, function: Callable[..., Any], arguments: Sequence[Any]
+    chip: str, function: Callable[..., Any], arguments: Sequence[Any]
 ) -> tuple[Any, float]:
-    """The function compiled for one chip, from shapes, and the seconds that compiling took.
+    """The function compiled for one chip of a kind, from shapes, and the seconds that this took.
 
     Raises:
         ValueError: if the TPU compiler is not installed.
     """
     import jax
-    import numpy as np
-    from jax.experimental import topologies
 
-    options = {} if chip.bounds is None else {"chips_per_host_bounds": chip.bounds}
-    try:
-        topology = topologies.get_topology_desc(
-            platform="tpu", topology_name=chip.topology, **options
-        )
-    except (RuntimeError, ImportError) as error:
-        raise ValueError(
-            "the TPU compiler does not start; `pip install 'circflax[tpu-compiler]'` brings it"
-            f" ({str(error).splitlines()[0]})."
-        ) from None
-    mesh = jax.sharding.Mesh(np.array(topology.devices[:1]), ("chip",))
-    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    (device,) = topology.find_topology(CHIPS[chip]).devices
+    whole = jax.sharding.SingleDeviceSharding(device)
     arguments = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), arguments
     )
@@ -129,43 +85,30 @@ def compile_for(
     return compiled, time.perf_counter() - start
 
 
-def _program_cycles(program: str) -> int:
-    """The compiler's estimates of a program's instructions, summed."""
-    cycles = map(int, re.findall(r'"estimated_cycles":"(\d+)"', program))
-    # Of what runs beside everything else it says that it never ends.
-    return sum(count for count in cycles if count < 2**40)
-
-
 # Bundles of the loops that expand, or sum, one Toeplitz matrix: read in the kernels' schedules.
 _BUNDLES_OF_LOOP = 250
 
 
-def _kernel_cycles(program: str, chip: Chip) -> float:
+def _kernel_cycles(program: Program, chip: str) -> float:
     """Cycles of the library's own kernels: by their schedules, or by their traffic if more."""
     from circflax.ops import _fused
 
-    name_of = {chip: name for name, chip in CHIPS.items()}
     cycles = 0.0
-    for line in program.splitlines():
-        if 'custom_call_target="tpu_custom_call"' not in line:
-            continue
-        kernel = re.search(r"%circulant_([a-z_]+)", line)[1]
-        shapes = [
-            (kind, tuple(map(int, sizes.split(","))))
-            for kind, sizes in re.findall(r"(bf16|f32)\[([\d,]+)\]", line.split("metadata=")[0])
-        ]
+    for kernel in program.kernels:
+        name = re.match(r"circulant_([a-z_]+)", kernel.name)[1]
+        shapes = [(array.dtype, array.shape) for array in kernel.arrays if array.shape]
         tokens = next(sizes[0] for kind, sizes in shapes if kind == "bf16")
         widths = [sizes[1] for kind, sizes in shapes if kind == "bf16"]
         matrices = max(sizes[0] for kind, sizes in shapes if sizes[-1] == 2 * _fused.LANES)
         block = widths[0] * widths[1] // (64 * matrices)
         # The product's result comes before its operand, the other kernels' x before g.
-        out_features, in_features = widths if kernel == "product" else reversed(widths)
-        schedule = _schedule(name_of[chip], kernel, tokens, out_features, in_features, block)
+        out_features, in_features = widths if name == "product" else reversed(widths)
+        schedule = _schedule(chip, name, tokens, out_features, in_features, block)
         steps = tokens // _fused.tile_size(tokens, *widths)
-        traffic = sum({"bf16": 2, "f32": 4}[kind] * math.prod(sizes) for kind, sizes in shapes)
-        cycles += max(
+        figures = topology.CHIPS[chip]
+        cycles += kernel.times * max(
             steps * schedule + matrices * _BUNDLES_OF_LOOP,
-            traffic / chip.bandwidth * chip.clock,
+            kernel.bytes / figures.bandwidth * figures.clock,
         )
     return cycles
 
@@ -209,7 +152,7 @@ def _compile_kernel(
         "correlation": (_correlation(block), (x, g, left, right)),
     }
     function, arguments = functions[kernel]
-    compile_for(CHIPS[chip], partial(function, interpret=False), arguments)
+    compile_for(chip, partial(function, interpret=False), arguments)
 
 
 def _correlation(block: int) -> Callable[..., Any]:
@@ -238,11 +181,11 @@ def run(results: Results, suite: str, quick: bool) -> None:
     from rich.progress import track
 
     for case in track(list(results.missing(suite, grid(quick))), "compiling for TPU"):
-        chip = CHIPS[case["chip"]]
         programs = _steps(case) if "model" in case else _layers(case)
         measured = {}
         for name, (function, arguments, chosen) in programs.items():
-            measured[name] = estimate(chip, function, arguments)._asdict() | {"chosen": chosen}
+            expected = estimate(case["chip"], function, arguments)
+            measured[name] = expected._asdict() | {"chosen": chosen}
         results.add(suite, case, measured)
 
 

@@ -125,7 +125,7 @@ def test_every_block_in_order(checkout: Path) -> None:
         elif kind == "sh":
             run(["sh", "-euc", code], checkout)
         kinds.append(kind)
-    assert kinds == ["", *["sh"] * 3, *["python"] * 4]
+    assert kinds == ["", *["sh"] * 3, *["python"] * 5]
 
 
 def test_the_make_targets_exist() -> None:

@@ -26,7 +26,7 @@ from train import settings
 from train.config import ConfigError
 from train.failures import exit_code
 from train.generation import Generate, Sampling, answer, longest_prompt
-from train.progress import CountProgress
+from train.progress import CountProgress, Display
 from train.run import CONFIG
 from train.steps import make_generate
 from train.tasks.language.asking import Ask, make_ask
@@ -185,11 +185,13 @@ def _run(options: argparse.Namespace, console: Console) -> int:
     config = settings.load(["--config", str(options.run / CONFIG)])
     if not config.language.given:
         raise ConfigError(f"`{options.run}` is no run of a language model")
-    adapted = cf.interop.load_adapted(
-        options.run,
-        dtype=jnp.dtype(config.model.compute_dtype),
-        param_dtype=jnp.dtype(config.model.param_dtype),
-    )
+    with Display(console) as display:
+        adapted = cf.interop.load_adapted(
+            options.run,
+            dtype=jnp.dtype(config.model.compute_dtype),
+            param_dtype=jnp.dtype(config.model.param_dtype),
+            progress=partial(display.track, what="loading the model"),
+        )
     tokenizer = AutoTokenizer.from_pretrained(
         cf.interop.find_checkpoint(config.model.name, config.model.revision)
     )

@@ -1,6 +1,6 @@
 """What a run is put together from: its task, the base model, and what trains of it."""
 
-from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ import circflax as cf
 from circflax.tree import Path as LeafPath
 from train.config import Config, DataConfig, ImagesConfig, LanguageConfig
 from train.methods import BITFIT, FULL, HEAD_ALONE, LAMDA_PP, RATES
+from train.progress import Track, untracked
 from train.tasks.images import ImageClassification
 from train.tasks.language.task import LanguageModelling
 from train.tasks.task import Task
@@ -45,10 +46,15 @@ def load_task(config: Config) -> Task:
     Raises:
         ValueError: If examples and settings do not fit.
     """
-    return _TASKS[type(config.examples)](config)
+    return find_task(config)(config)
 
 
-_TASKS: dict[type, Callable[[Config], Task]] = {
+def find_task(config: Config) -> type[Task]:
+    """The task that a run's examples are for; nothing is read."""
+    return _TASKS[type(config.examples)]
+
+
+_TASKS: dict[type, type[Task]] = {
     DataConfig: TextClassification,
     ImagesConfig: ImageClassification,
     LanguageConfig: LanguageModelling,
@@ -56,13 +62,14 @@ _TASKS: dict[type, Callable[[Config], Task]] = {
 
 
 def load_model(
-    config: Config, task: Task
+    config: Config, task: Task, track: Track = untracked
 ) -> tuple["FlaxPreTrainedModel", dict[str, Any], cf.interop.LoadReport]:
     """Loads the base model with a head for the task.
 
     Args:
         config: The settings.
         task: The task.
+        track: Shows how far reading has come.
 
     Returns:
         The model, its parameters, and which of these the checkpoint did not have.
@@ -79,6 +86,7 @@ def load_model(
         param_dtype=jnp.dtype(config.model.param_dtype),
         new_head=config.model.new_head,
         seed=config.run.seed,
+        progress=partial(track, what="loading the model"),
     )
 
 

@@ -44,7 +44,8 @@ def run(config: Config, console: Console | None = None) -> report.Summary:
     directory = Path(config.run.output)
     _check_directory(config, directory)
     task = load_task(config)
-    model, base, loaded = load_model(config, task)
+    with Display(console) as display:
+        model, base, loaded = load_model(config, task, display.track)
     plan = make_plan(config, model, base, loaded.initialised)
     counted = cf.summarize(base, plan)
     console.print(str(counted), highlight=False, markup=False, soft_wrap=True)

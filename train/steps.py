@@ -39,6 +39,7 @@ def make_forward(
     plan: cf.Plan,
     inputs: Callable[[Batch], dict[str, jax.Array]] = dict,
     rematerialize: bool = False,
+    placement: Placement | None = None,
 ) -> Forward:
     """The adapted model as a function `(small, base, batch, rng=None) -> logits`, float32.
 
@@ -48,13 +49,17 @@ def make_forward(
         inputs: What the model may take of a batch, by name; what it does not know is left out,
             save ``segment_ids``, which keeps the examples of a row apart.
         rematerialize: Whether the backward pass computes each block's activations again.
+        placement: Where the rows of a batch lie; None leaves that to XLA.
 
     Returns:
         The function; with an rng, dropout is on.
     """
-    run = cf.linen.keep_apart(cf.linen.attach(model, plan))
+    rows = placement.batch if placement is not None and placement.mesh.size > 1 else None
+    run = cf.linen.keep_apart(cf.linen.attach(model, plan, rows=rows))
     if rematerialize:
         run = cf.linen.rematerialize(run)
+    if rows is not None:
+        run = cf.linen.shard_rows(run, rows)
     accepted = inspect.signature(type(model).__call__).parameters
 
     def forward(small: Any, base: Any, batch: Batch, rng: jax.Array | None = None) -> jax.Array:

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from circflax.interop._checkpoint import Checkpoint, open_checkpoint
+from circflax.interop._checkpoint import Checkpoint, Progress, open_checkpoint
 from circflax.interop._export import export_merged
 from circflax.interop._names import head_leaves, leaf_shapes
+from circflax.interop._shards import Shard
 from circflax.interop._tensors import CheckpointError, LeafPath
 from circflax.methods import Params
 from circflax.tree import AdapterFile, Target, load_adapters, merge_bias, merge_kernel
@@ -50,6 +51,8 @@ def load_adapted(
     *,
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike | None = jnp.float32,
+    shard: Shard | None = None,
+    progress: Progress | None = None,
 ) -> Adapted:
     """Loads adapters and the base model that they were trained on.
 
@@ -59,20 +62,21 @@ def load_adapted(
         base: the base model's directory or Hub name; None for the one the adapters name.
         dtype: the dtype that the model computes in.
         param_dtype: the dtype of the base's parameters; None keeps each as stored.
+        shard: says where each parameter goes, as for `load_model`.
+        progress: goes through what is to be read, as for `load_model`.
 
     Returns:
         Model, parameters and adapters.
 
     Raises:
-        CheckpointError: if the base cannot be read, or lacks a head that the adapters do not
-            train.
+        CheckpointError: if the base cannot be read, or lacks a layer that the adapters adapt or a
+            head that they do not train.
         ValueError: if the adapters cannot be read or were trained on another base.
         FileNotFoundError: if files of the adapter are missing.
     """
     file, checkpoint = _open(directory, base, dtype)
-    params = checkpoint.load(param_dtype)
-    file.check_base(params)
-    return Adapted(checkpoint.model, params, file)
+    file.check_kernels(leaf_shapes(checkpoint.model), checkpoint.read)
+    return Adapted(checkpoint.model, checkpoint.load(param_dtype, shard, progress), file)
 
 
 def export_adapted(

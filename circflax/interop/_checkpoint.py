@@ -3,7 +3,7 @@
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,7 @@ from circflax.interop._names import (
     name_leaves,
     place_tensors,
 )
+from circflax.interop._shards import Shard, place_leaves, read_leaf
 from circflax.interop._tensors import (
     CheckpointError,
     LeafPath,
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
     from transformers import FlaxPreTrainedModel, PretrainedConfig
 
 _LOGGER = logging.getLogger(__name__)
+
+Progress = Callable[[Iterable[LeafPath], int], Iterable[LeafPath]]
+"""Goes through the paths of leaves, and is told how many they are."""
 
 _HEADS = {
     "base": "FLAX_MODEL_MAPPING",
@@ -82,6 +86,8 @@ def load_model(
     param_dtype: DTypeLike | None = jnp.float32,
     seed: int = 0,
     new_head: bool = False,
+    shard: Shard | None = None,
+    progress: Progress | None = None,
 ) -> tuple["FlaxPreTrainedModel", dict[str, Any], LoadReport]:
     """Reads a Hugging Face checkpoint into a Flax model of `transformers`.
 
@@ -112,6 +118,12 @@ def load_model(
         seed: The seed for leaves that the checkpoint lacks, such as a new head.
         new_head: Whether to leave the checkpoint's own head unread, whatever its size, and make a
             new one. Train all of it: of a head, an adapter's file holds what was trained.
+        shard: From the shapes of all parameters (a tree of `jax.ShapeDtypeStruct` in the dtypes
+            that they will have), says where each goes (a tree of `jax.sharding.Sharding`). A
+            process then reads only what its devices hold, and the values do not depend on it. None
+            puts all on the default device.
+        progress: Goes through what is to be read, and is told how many leaves that are: a progress
+            bar's function.
 
     Returns:
         The model, made with `_do_init=False`; its parameters as nested dictionaries; and a report
@@ -132,7 +144,7 @@ def load_model(
     )
     unused = tuple(sorted(set(checkpoint.tensors) - set(checkpoint.placements)))
     report = LoadReport(checkpoint.directory, checkpoint.missing, unused)
-    return checkpoint.model, checkpoint.load(param_dtype), report
+    return checkpoint.model, checkpoint.load(param_dtype, shard, progress), report
 
 
 @dataclass(frozen=True)
@@ -162,20 +174,36 @@ class Checkpoint:
         return tuple(sorted(set(leaf_shapes(self.model)) - set(self.names)))
 
     def read(self, path: LeafPath) -> np.ndarray:
-        """Reads one leaf, in Flax's layout and the dtype it is stored in."""
+        """Returns one leaf, in Flax's layout and the dtype it is stored in; see `Tensor.read`."""
+        if path not in self.names:
+            raise CheckpointError(f"`{self.directory}` lacks the leaf `{'/'.join(path)}`.")
         name = self.names[path]
         return self.placements[name].to_flax(self.tensors[name].read())
 
-    def load(self, param_dtype: DTypeLike | None) -> dict[str, Any]:
+    def shapes(self, param_dtype: DTypeLike | None) -> dict[LeafPath, jax.ShapeDtypeStruct]:
+        """The shapes of all leaves, with the dtypes that `load` gives them."""
+
+        def shape(path: LeafPath, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            held = path in self.names
+            dtype = self.tensors[self.names[path]].array_dtype if held else leaf.dtype
+            if param_dtype is not None and jnp.issubdtype(dtype, jnp.floating):
+                dtype = param_dtype
+            return jax.ShapeDtypeStruct(leaf.shape, jax.dtypes.canonicalize_dtype(dtype))
+
+        return {path: shape(path, leaf) for path, leaf in leaf_shapes(self.model).items()}
+
+    def load(
+        self,
+        param_dtype: DTypeLike | None,
+        shard: Shard | None = None,
+        progress: Progress | None = None,
+    ) -> dict[str, Any]:
         """Reads all leaves, and makes those that the checkpoint lacks; see `load_model`."""
-
-        def cast(leaf: np.ndarray | jax.Array) -> jax.Array:
-            keep = param_dtype is None or not jnp.issubdtype(leaf.dtype, jnp.floating)
-            return jnp.asarray(leaf, leaf.dtype if keep else param_dtype)
-
-        leaves = {path: cast(self.read(path)) for path in self.names}
-        made = initialise(self.model, self.missing, self.model.key)
-        leaves |= {path: cast(leaf) for path, leaf in made.items()}
+        shapes = place_leaves(self.shapes(param_dtype), shard)
+        paths = self.names if progress is None else progress(self.names, len(self.names))
+        leaves = {path: read_leaf(self.read(path), shapes[path]) for path in paths}
+        made = {path: shapes[path] for path in self.missing}
+        leaves |= initialise(self.model, made, self.model.key)
         head = head_leaves(self.model)
         untrained = ["/".join(path) for path in self.missing if path not in head]
         if untrained:
@@ -388,19 +416,19 @@ def find_model_class(
 
 
 def initialise(
-    model: "FlaxPreTrainedModel", paths: Sequence[LeafPath], key: jax.Array
+    model: "FlaxPreTrainedModel", leaves: Mapping[LeafPath, jax.ShapeDtypeStruct], key: jax.Array
 ) -> dict[LeafPath, jax.Array]:
-    """Makes random leaves, as the model's own initialisers do."""
-    if not paths:
+    """Makes random leaves, as the model's own initialisers do, in their dtypes and shardings."""
+    if not leaves:
         return {}
 
-    # Under `jit` the leaves that are not returned are never made.
-    @jax.jit
     def init(key: jax.Array) -> list[jax.Array]:
-        leaves = flatten_dict(model.init_weights(key, model.input_shape))
-        return [leaves[path] for path in paths]
+        made = flatten_dict(model.init_weights(key, model.input_shape))
+        return [made[path].astype(leaf.dtype) for path, leaf in leaves.items()]
 
-    return dict(zip(paths, init(key), strict=True))
+    # Under `jit` the leaves that are not returned are never made, nor what other devices hold.
+    compiled = jax.jit(init, out_shardings=[leaf.sharding for leaf in leaves.values()])
+    return dict(zip(leaves, compiled(key), strict=True))
 
 
 def _first_line(error: Exception) -> str:

@@ -51,11 +51,8 @@ class Outline:
         Returns:
             Arrays of the shapes and dtypes of `params`.
         """
-        shapes = flatten_dict(self.params)
-        leaves = initialise(self.model, tuple(shapes), jax.random.PRNGKey(seed))
-        return unflatten_dict(
-            {path: leaf.astype(shapes[path].dtype) for path, leaf in leaves.items()}
-        )
+        key = jax.random.PRNGKey(seed)
+        return unflatten_dict(initialise(self.model, flatten_dict(self.params), key))
 
     def layouts(self) -> Layouts:
         """How the model's kernels are read as matrices; see `circflax.linen.find_layouts`."""
@@ -111,6 +108,7 @@ def outline_model(
     head: str | None = None,
     *,
     dtype: DTypeLike = jnp.float32,
+    revision: str | None = None,
 ) -> Outline:
     """Makes a Flax model of `transformers` from its configuration alone, without weights.
 
@@ -120,6 +118,7 @@ def outline_model(
         head: the kind of head, as for `load_model`; "named" is the one that the configuration
             names; None takes one for classification, else one for language, else none.
         dtype: of the parameters, and of what the model computes in.
+        revision: branch, tag or commit of a repository on the Hub; None is its default branch.
 
     Returns:
         The model and the shapes of its parameters.
@@ -133,7 +132,7 @@ def outline_model(
         >>> outline.params["classifier"]["dense"]["kernel"]  # doctest: +SKIP
         ShapeDtypeStruct(shape=(1024, 1024), dtype=float32)
     """
-    config = _read(source) if isinstance(source, str | os.PathLike) else source
+    config = _read(source, revision) if isinstance(source, str | os.PathLike) else source
     found = _named_class(config) if head == "named" else find_model_class(config, head)
     model = make_model(found, config, dtype=jnp.dtype(dtype))
 
@@ -144,7 +143,7 @@ def outline_model(
     return Outline(model, jax.tree.map(shape, unfreeze(model.params_shape_tree)))
 
 
-def _read(source: str | os.PathLike[str]) -> "PretrainedConfig":
+def _read(source: str | os.PathLike[str], revision: str | None) -> "PretrainedConfig":
     from huggingface_hub import hf_hub_download
 
     path = FilePath(source)
@@ -152,7 +151,7 @@ def _read(source: str | os.PathLike[str]) -> "PretrainedConfig":
         path = path / "config.json"
     elif not path.is_file():
         try:
-            path = FilePath(hf_hub_download(str(source), "config.json"))
+            path = FilePath(hf_hub_download(str(source), "config.json", revision=revision))
         except (OSError, ValueError) as error:
             raise CheckpointError(
                 f"`{source}` is neither a local file or directory nor a Hub repository within "

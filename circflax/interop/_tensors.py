@@ -53,7 +53,8 @@ class Tensor:
         dtype: The type's name in the safetensors format, such as `"BF16"`.
         shape: The shape as stored.
         nbytes: The number of bytes `data` returns.
-        data: Returns the elements in row-major order, as a flat array of bytes.
+        data: Returns the elements in row-major order, as a flat array of bytes; where they lie in a
+            file, a view of it that reads what is looked at.
     """
 
     dtype: str
@@ -73,15 +74,20 @@ class Tensor:
         """Returns the tensor with a function applied, one that keeps its shape and dtype."""
         return Tensor(self.dtype, self.shape, self.nbytes, lambda: _as_bytes(function(self.read())))
 
-    def read(self) -> np.ndarray:
-        """Returns the tensor as an array.
+    @property
+    def array_dtype(self) -> np.dtype:
+        """The dtype of the array that `read` returns.
 
         Raises:
             CheckpointError: If NumPy has no such type (the packed types below 8 bits).
         """
         if self.dtype not in _DTYPES:
             raise CheckpointError(f"No array can be made of the packed dtype `{self.dtype}`.")
-        return self.data().view(_DTYPES[self.dtype]).reshape(self.shape)
+        return _DTYPES[self.dtype]
+
+    def read(self) -> np.ndarray:
+        """Returns the tensor as an array; `data` and `array_dtype` say of what kind."""
+        return self.data().view(self.array_dtype).reshape(self.shape)
 
 
 def _as_bytes(array: np.ndarray) -> np.ndarray:
@@ -120,7 +126,8 @@ def _stored(file: Path, start: int, entry: dict) -> Tensor:
     begin, end = entry["data_offsets"]
 
     def data() -> np.ndarray:
-        return np.fromfile(file, np.uint8, count=end - begin, offset=start + begin)
+        view = np.memmap(file, np.uint8, "r", offset=start + begin, shape=(end - begin,))
+        return np.asarray(view)
 
     return Tensor(entry["dtype"], tuple(entry["shape"]), end - begin, data)
 

@@ -1,4 +1,4 @@
-"""Linen: find a model's layers, attach adapters to them, run it on packed rows or with less memory.
+"""Linen: find layers, attach adapters, run a model on packed rows, with less memory, on devices.
 
 Circulant layers to build with are here, too.
 """
@@ -7,6 +7,7 @@ from circflax.linen._attach import attach
 from circflax.linen._layers import BlockCirculant, CirculantDiagonal
 from circflax.linen._layouts import find_layouts
 from circflax.linen._remat import rematerialize
+from circflax.linen._rows import shard_rows
 from circflax.linen._segments import keep_apart
 
 __all__ = [
@@ -16,4 +17,5 @@ __all__ = [
     "find_layouts",
     "keep_apart",
     "rematerialize",
+    "shard_rows",
 ]

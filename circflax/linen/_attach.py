@@ -1,11 +1,13 @@
 """Running a linen model with adapters, without touching its code."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 import jax
 from flax import linen as nn
+from jax.sharding import NamedSharding, PartitionSpec
 
 from circflax import ops
 from circflax.linen._inputs import Arguments, first_input, with_first_input
@@ -17,7 +19,11 @@ R = TypeVar("R")
 
 
 def attach(
-    run: Callable[P, R], plan: Plan, *, strategy: ops.Strategy | None = None
+    run: Callable[P, R],
+    plan: Plan,
+    *,
+    strategy: ops.Strategy | None = None,
+    rows: NamedSharding | None = None,
 ) -> Callable[P, R]:
     """Makes a function that runs a linen model run it with adapters.
 
@@ -40,6 +46,10 @@ def attach(
             or a function of your own.
         plan: the layers to adapt.
         strategy: how to compute circulant products; None chooses by shape, dtype and platform.
+        rows: where the rows of a batch lie, as `circflax.sharding.shard_batch` gives it, for a
+            program of several devices: each then computes the adapters for its own rows, with any
+            strategy, and they exchange the adapters' gradients alone. None leaves it to XLA, which
+            may exchange more.
 
     Returns:
         A function of the same arguments.
@@ -62,7 +72,7 @@ def attach(
 
     @functools.wraps(run)
     def adapted(*args: P.args, **kwargs: P.kwargs) -> R:
-        adapt = _Adapt(plan)
+        adapt = _Adapt(plan, rows)
         with nn.intercept_methods(adapt), ops.default_strategy(strategy):
             return run(*args, **kwargs)
 
@@ -72,8 +82,8 @@ def attach(
 class _Adapt:
     """The interceptor of one run of a model."""
 
-    def __init__(self, plan: Plan) -> None:
-        self._plan = plan
+    def __init__(self, plan: Plan, rows: NamedSharding | None) -> None:
+        self._plan, self._rows = plan, rows
         # What was computed together with another layer's update, until its own layer is called.
         self._ready: dict[Path, tuple[Any, jax.Array]] = {}
 
@@ -94,7 +104,7 @@ class _Adapt:
         x = first_input(args, kwargs)
         if isinstance(target.method, Additive):
             return self._added(target, params, module, x, layer(*args, **kwargs))
-        return _changed(target, params, module, x, layer, (args, kwargs))
+        return self._changed(target, params, module, x, layer, (args, kwargs))
 
     def _added(
         self, target: Target, params: Params, module: nn.Module, x: Any, y: jax.Array
@@ -106,7 +116,7 @@ class _Adapt:
             update = self._together(module, target, params, x)
         flat = layout.flat_output(y)
         if update is None:
-            flat = target.method.apply(params, layout.flat_input(x), flat)
+            flat = self._by_rows(target.method.apply)(params, layout.flat_input(x), flat)
         else:
             flat = flat + update.astype(flat.dtype)
         return layout.output(flat, y.shape)
@@ -127,10 +137,9 @@ class _Adapt:
                 together.append((other, theirs))
         if len(together) == 1:
             return None
-        updates = target.method.updates(
-            [adapter for _, adapter in together],
-            target.layout.flat_input(x),
-            [reader.out_features for reader, _ in together],
+        sizes = [reader.out_features for reader, _ in together]
+        updates = self._by_rows(lambda adapters, x: target.method.updates(adapters, x, sizes))(
+            [adapter for _, adapter in together], target.layout.flat_input(x)
         )
         if updates is None:
             return None
@@ -138,24 +147,50 @@ class _Adapt:
             self._ready[reader.path] = (x, update)
         return updates[0]
 
+    def _changed(
+        self,
+        target: Target,
+        params: Params,
+        module: nn.Module,
+        x: jax.Array,
+        layer: Callable[..., Any],
+        arguments: Arguments,
+    ) -> jax.Array:
+        """The output of a layer whose adapter changes its input, its output, or both."""
+        method, layout = target.method, target.layout
+        flat = layout.flat_input(x)
+        read = layout.input(self._by_rows(method.input)(params, flat), x.shape)
+        args, kwargs = with_first_input(*arguments, read)
+        y = layer(*args, **kwargs)
+        bias = None if target.bias is None else module.variables["params"][target.bias].reshape(-1)
+        apply = self._by_rows(lambda whole, x, y: method.apply(whole[0], x, y, whole[1]))
+        changed = apply((params, bias), flat, layout.flat_output(y))
+        return layout.output(changed, y.shape)
 
-def _changed(
-    target: Target,
-    params: Params,
-    module: nn.Module,
-    x: jax.Array,
-    layer: Callable[..., Any],
-    arguments: Arguments,
-) -> jax.Array:
-    """The output of a layer whose adapter changes its input, its output, or both."""
-    method, layout = target.method, target.layout
-    flat = layout.flat_input(x)
-    read = layout.input(method.input(params, flat), x.shape)
-    args, kwargs = with_first_input(*arguments, read)
-    y = layer(*args, **kwargs)
-    bias = None if target.bias is None else module.variables["params"][target.bias].reshape(-1)
-    changed = method.apply(params, flat, layout.flat_output(y), bias)
-    return layout.output(changed, y.shape)
+    def _by_rows(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A function of what all rows share and of arrays with rows, run where each row lies."""
+
+        def divided(shared: Any, *arrays: jax.Array) -> Any:
+            if self._rows is None:
+                return function(shared, *arrays)
+            mesh, (names, *_) = self._rows.mesh, self._rows.spec
+            names = names if isinstance(names, tuple) else (names,)
+            parts = math.prod(mesh.shape[name] for name in names)
+            if parts == 1 or any(array.ndim < 2 or array.shape[0] % parts for array in arrays):
+                return function(shared, *arrays)
+            # With the axes of one device, a kernel finds nothing left for XLA to divide.
+            names = (*names, *(n for n, size in mesh.shape.items() if size == 1 and n not in names))
+            spec = PartitionSpec(names)
+            return jax.shard_map(
+                function,
+                mesh=mesh,
+                in_specs=(PartitionSpec(), *[spec] * len(arrays)),
+                out_specs=spec,
+                axis_names=set(names),
+                check_vma=False,
+            )(shared, *arrays)
+
+        return divided
 
 
 def _adapter(module: nn.Module, *names: str) -> Params | None:

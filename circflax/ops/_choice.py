@@ -32,8 +32,8 @@ class Product:
         block: size of the circulant blocks.
         dtype: of the vectors.
         platform: "cpu", "tpu", "cuda" or "rocm".
-        partitioned: whether XLA divides the program among devices; it gathers the vectors of FFTs
-            and kernels then.
+        partitioned: whether XLA divides the program among devices; what is no plain matrix product
+            makes it gather vectors then.
     """
 
     tokens: int
@@ -205,7 +205,7 @@ def estimate_costs(product: Product) -> dict[Form, float]:
 def _suits(product: Product, form: Form) -> bool:
     if form.strategy == "fused" and product.platform != "tpu":
         return False
-    return not (product.partitioned and form.strategy in ("fft", "fused"))
+    return form.strategy == "dense" or not product.partitioned
 
 
 def fused_length(product: Product) -> int | None:

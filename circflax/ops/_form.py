@@ -181,10 +181,16 @@ def _evaluate(
 
 
 def _lower(platform: str, context: Any, *operands: Any, **params: Any) -> Any:
-    # Only a context of sharded arrays has this; one of named axes is of a single device's part.
-    devices = getattr(context.module_context.axis_context, "num_devices", 1)
-    evaluate = partial(_evaluate, platform, devices not in (None, 1))
+    evaluate = partial(_evaluate, platform, _is_partitioned(context.module_context.axis_context))
     return mlir.lower_fun(evaluate, multiple_results=False)(context, *operands, **params)
+
+
+def _is_partitioned(context: Any) -> bool:
+    """Whether XLA divides a program among devices, apart from what `shard_map` has divided."""
+    mesh = getattr(context, "mesh", None)
+    if mesh is None:
+        return (getattr(context, "num_devices", None) or 1) > 1
+    return any(size > 1 for name, size in mesh.shape.items() if name not in context.manual_axes)
 
 
 for _platform in ("cpu", "tpu", "cuda", "rocm"):

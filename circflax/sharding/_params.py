@@ -41,7 +41,7 @@ def shard_params(params: Tree, mesh: Mesh, rules: Sequence[Rule] = RULES) -> dic
         >>> params = {"mlp": {"up_proj": {"kernel": jnp.zeros((8, 16)), "bias": jnp.zeros(16)}}}
         >>> shardings = cf.sharding.shard_params(params, mesh)
         >>> tuple(shardings["mlp"]["up_proj"]["kernel"].spec)
-        PartitionSpec('fsdp', 'tensor')
+        ('fsdp', 'tensor')
     """
     check_rules(rules, mesh)
     shardings, whole = {}, {}

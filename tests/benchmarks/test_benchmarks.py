@@ -142,7 +142,7 @@ def test_without_the_tpu_compiler(capsys) -> None:
     from benchmarks import tpu
 
     with pytest.raises(ValueError, match=r"circflax\[tpu-compiler\]"):
-        tpu.estimate(tpu.CHIPS["v5e"], lambda x: x, [jax.ShapeDtypeStruct((8,), float)])
+        tpu.estimate("v5e", lambda x: x, [jax.ShapeDtypeStruct((8,), float)])
 
 
 def test_a_file_of_something_else(tmp_path) -> None:

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import circflax as cf
 from circflax.cli import main
@@ -92,6 +93,18 @@ def test_loaded_again_it_computes_the_same(bert, tmp_path) -> None:
     run = cf.linen.attach(loaded.model, loaded.file.plan)
     both = cf.combine(loaded.params, loaded.file.adapters)
     assert np.array_equal(oracle.flax_logits(run, both, bert.entry), bert.logits)
+
+
+def test_a_base_that_lacks_an_adapted_layer(bert, tmp_path) -> None:
+    base = Path(shutil.copytree(bert.base, tmp_path / "base"))
+    tensors = load_file(base / "model.safetensors")
+    del tensors["bert.encoder.layer.0.attention.self.query.weight"]
+    save_file(tensors, base / "model.safetensors")
+    message = r"lacks the leaf `bert/.*/0/attention/self/query/kernel`"
+    with pytest.raises(cf.interop.CheckpointError, match=message):
+        cf.interop.load_adapted(tmp_path / "adapter", base)
+    with pytest.raises(cf.interop.CheckpointError, match=message):
+        cf.interop.export_adapted(tmp_path / "adapter", tmp_path / "merged", base)
 
 
 def test_a_merged_checkpoint_for_orbax(bert, tmp_path, capsys) -> None:

@@ -1,0 +1,1 @@
+"""What a run would need and cost on TPU chips that are not there: nothing is executed."""
