@@ -341,7 +341,8 @@ def _compiled(
     placement: Placement,
 ) -> Compiled:
     # Without a gradient to compute, recomputing changes nothing: one function serves both.
-    forward = make_forward(model, plan, workload.inputs, config.model.gradient_checkpointing)
+    remake = config.model.gradient_checkpointing
+    forward = make_forward(model, plan, workload.inputs, remake, placement)
     steps = config.optim.accumulation_steps
     settings = workload.generation
     return Compiled(
