@@ -9,7 +9,7 @@ os.environ.setdefault("USE_TF", "0")
 # transformers announces the end of its Flax classes with every import.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-from train import settings
+from train import processes, settings
 from train.failures import exit_code
 from train.run import run
 
@@ -25,10 +25,14 @@ def main(argv: list[str]) -> int:
     """
 
     def command() -> int:
-        run(settings.load(argv))
+        config = settings.load(argv)
+        processes.join()
+        with processes.naming_losses():
+            run(config)
         return 0
 
-    return exit_code(command, "the same command goes on from the last checkpoint")
+    again = "the same command goes on from the last checkpoint"
+    return processes.leave(lambda: exit_code(command, again))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,9 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from jax.tree_util import keystr, tree_leaves_with_path
 
+import circflax as cf
 from circflax.tree import check_room
 from train.steps import TrainState
 
@@ -39,7 +41,8 @@ class Checkpoints:
     """Saves and restores whole states of a run. Use as a context manager.
 
     A checkpoint appears under its name when it is complete, so that a run killed at any moment
-    finds the last complete one.
+    finds the last complete one. With several processes each writes what it holds, into a directory
+    that all of them see, and any number of processes and devices can go on from it.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -50,8 +53,15 @@ class Checkpoints:
         """
         # Small trees are written at once, so that what goes wrong is known before the next step.
         options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
+        # Known in advance, they can say what a checkpoint holds before it is read.
+        handlers = {
+            "arrays": ocp.StandardCheckpointHandler(),
+            "progress": ocp.JsonCheckpointHandler(),
+        }
         self._directory = directory
-        self._manager = ocp.CheckpointManager(directory.resolve(), options=options)
+        self._manager = ocp.CheckpointManager(
+            directory.resolve(), options=options, item_handlers=handlers
+        )
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -96,18 +106,24 @@ class Checkpoints:
         """Restores the last checkpoint.
 
         Args:
-            state: A state of the same shapes.
+            state: A state of the same shapes, which lies as the restored one is to.
             rng: A key of the same kind.
 
         Returns:
             State, small tree of the best epoch, key and standing of the run.
+
+        Raises:
+            CheckpointError: If the checkpoint is of another model or other adapters.
         """
         like = {"state": state._asdict(), "best": state.small, "rng": jax.random.key_data(rng)}
+        self._check(like)
+        shapes = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), like
+        )
         restored = self._manager.restore(
             self.latest,
             args=ocp.args.Composite(
-                arrays=ocp.args.StandardRestore(jax.eval_shape(lambda: like)),
-                progress=ocp.args.JsonRestore(),
+                arrays=ocp.args.StandardRestore(shapes), progress=ocp.args.JsonRestore()
             ),
         )
         arrays = restored.arrays
@@ -117,3 +133,25 @@ class Checkpoints:
             jax.random.wrap_key_data(arrays["rng"]),
             Progress(**restored.progress),
         )
+
+    def _check(self, like: Any) -> None:
+        """Compares names and shapes with those of the last checkpoint."""
+        there = _shapes(self._manager.item_metadata(self.latest).arrays.tree)
+        here = _shapes(like)
+        for name in (*here, *there):
+            if there.get(name) != here.get(name):
+                was, now = (_describe(shapes.get(name)) for shapes in (there, here))
+                raise cf.interop.CheckpointError(
+                    f"the checkpoint of step {self.latest} in `{self._directory}` is of another"
+                    f" model or other adapters: `{name}` {was} there, but {now} here; choose"
+                    " another `run.output`, or set `run.resume` to false to begin again"
+                )
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves = tree_leaves_with_path(tree)
+    return {keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
+
+
+def _describe(shape: tuple[int, ...] | None) -> str:
+    return "is missing" if shape is None else f"has shape {shape}"

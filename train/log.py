@@ -79,6 +79,16 @@ class MetricsLog:
         self._board.flush()
 
 
+class NoLog:
+    """Takes the place of a `MetricsLog` in processes that write nothing."""
+
+    def append(self, *, step: int, epoch: int, split: str, **values: float) -> None:
+        """Drops a record, which the first process writes."""
+
+    def sync(self) -> None:
+        """Does nothing."""
+
+
 def read(path: str | Path) -> list[Record]:
     """Reads the records of a run; values that were not finite are None.
 

@@ -4,12 +4,14 @@ import dataclasses
 import os
 from pathlib import Path
 
+import jax
 from rich.console import Console
 
 import circflax as cf
-from train import report, settings
+from train import processes, report, settings
 from train.config import Config, ConfigError
 from train.parts import load_model, load_task, make_plan
+from train.placement import make_placement
 from train.progress import Display
 from train.trainer import Trainer
 
@@ -21,11 +23,12 @@ def run(config: Config, console: Console | None = None) -> report.Summary:
 
     The run's directory gets ``config.yaml``, ``metrics.jsonl``, TensorBoard files, checkpoints,
     ``report.md`` with ``curves.png``, and ``adapter/``. A run that was stopped goes on where its
-    last checkpoint left off, and ends with the same numbers.
+    last checkpoint left off, and ends with the same numbers. Of several processes, which must all
+    call it and see one directory, the first prints and writes.
 
     Args:
         config: The settings.
-        console: Where to write; None is standard output.
+        console: Where to write; None is the first process's standard output.
 
     Returns:
         What the run came to.
@@ -34,9 +37,10 @@ def run(config: Config, console: Console | None = None) -> report.Summary:
         ConfigError, DataError, CheckpointError, ValueError: If settings, data and model do not
             fit; nothing has been written then.
         TrainingError: If the loss or the adapters are no longer finite.
+        StoppedError: If SIGTERM asked the run to stop; a checkpoint was saved.
         OSError: If a file cannot be written; the last checkpoint stays.
     """
-    console = console or Console()
+    console = console or processes.console()
     directory = Path(config.run.output)
     _check_directory(config, directory)
     task = load_task(config)
@@ -45,11 +49,18 @@ def run(config: Config, console: Console | None = None) -> report.Summary:
     plan = make_plan(config, model, base, loaded.initialised)
     counted = cf.summarize(base, plan)
     console.print(str(counted), highlight=False, markup=False, soft_wrap=True)
+    placement = make_placement(config.mesh, plan, base)
+    base = jax.device_put(base, placement.base)
     workload = task.encode(loaded.directory, model)
+    trainer = Trainer(
+        config, model, base, plan, loaded.initialised, workload, task.metric, placement
+    )
 
-    directory.mkdir(parents=True, exist_ok=True)
-    settings.save(config, directory / CONFIG)
-    trainer = Trainer(config, model, base, plan, loaded.initialised, workload, task.metric)
+    # None may find the settings of this run where it looks for those of an earlier one.
+    processes.meet("settings are checked")
+    if processes.is_first():
+        directory.mkdir(parents=True, exist_ok=True)
+        settings.save(config, directory / CONFIG)
     untrained = trainer.start()[0].small
     if workload.compared:
         console.print(f"measuring {', '.join(workload.compared)} before the training")
@@ -67,9 +78,6 @@ def run(config: Config, console: Console | None = None) -> report.Summary:
     name = config.model.name
     base_name = os.path.abspath(name) if os.path.isdir(name) else name
     cf.save_adapters(adapter, best, plan, base, base=base_name)
-    # With the model's own configuration beside it, the adapter can be merged without this run.
-    model.config.architectures = [type(model).__name__.removeprefix("Flax")]
-    model.config.save_pretrained(adapter)
 
     summary = report.Summary(
         task=task.name,
@@ -88,9 +96,13 @@ def run(config: Config, console: Console | None = None) -> report.Summary:
         seconds=progress.seconds,
         seed=config.run.seed,
         notes=workload.notes,
-        files=after[last].save(directory),
+        files=after[last].save(directory) if processes.is_first() else (),
     )
-    report.write(directory, summary)
+    if processes.is_first():
+        # With the model's own configuration beside it, the adapter can be merged without this run.
+        model.config.architectures = [type(model).__name__.removeprefix("Flax")]
+        model.config.save_pretrained(adapter)
+        report.write(directory, summary)
     report.show(summary, console)
     return summary
 

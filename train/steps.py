@@ -74,7 +74,10 @@ def make_forward(
 
 
 def make_generate(
-    model: "FlaxPreTrainedModel", plan: cf.Plan, settings: Mapping[str, Any]
+    model: "FlaxPreTrainedModel",
+    plan: cf.Plan,
+    settings: Mapping[str, Any],
+    placement: Placement | None = None,
 ) -> Callable[[Any, Any, jax.Array, jax.Array, jax.Array], jax.Array]:
     """Generation with adapters as a compiled function `(small, base, ids, mask, key) -> ids`.
 
@@ -82,6 +85,7 @@ def make_generate(
         model: A Flax causal language model of transformers.
         plan: The layers to adapt.
         settings: What `generate` of transformers takes besides.
+        placement: Where the result lies, whole; None leaves that to the arguments.
 
     Returns:
         The function: of prompts (batch, length), padded on the left, and their attention mask it
@@ -95,7 +99,7 @@ def make_generate(
         params = cf.combine(base, small)
         return adapted(ids, attention_mask=mask, params=params, prng_key=key, **settings).sequences
 
-    return jax.jit(generate)
+    return jax.jit(generate, out_shardings=placement and placement.replicated)
 
 
 def make_train_step(

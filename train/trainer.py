@@ -1,10 +1,10 @@
 """The training loop: updates, an evaluation each epoch, checkpoints."""
 
 import dataclasses
-import functools
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -17,16 +17,20 @@ from rich.console import Console
 
 import circflax as cf
 from circflax.tree import Path as LeafPath
-from train import metrics
+from train import metrics, processes
 from train.checkpoints import Checkpoints, Progress
 from train.config import Config
-from train.failures import TrainingError
-from train.log import MetricsLog
+from train.failures import StoppedError, TrainingError
+from train.feed import Feed, check_sizes
+from train.log import MetricsLog, NoLog
 from train.methods import IN_PLACE
 from train.optimizer import make_optimizer
 from train.parts import learning_rate
+from train.placement import Placement
 from train.progress import Track, TrainingProgress, untracked
 from train.steps import TrainState, make_forward, make_generate, make_train_step
+from train.stopping import StopRequest
+from train.tasks.batches import Batch
 from train.tasks.task import Evaluation, Runner, Workload
 
 if TYPE_CHECKING:
@@ -69,9 +73,30 @@ class _Outlets:
     """Where a run writes to; one without checkpoints is kept in memory alone."""
 
     checkpoints: Checkpoints | None
-    log: MetricsLog | Observer
+    log: MetricsLog | NoLog | Observer
     bar: TrainingProgress | Observer
     began: float
+    stop: Callable[[int], bool] = lambda step: False
+
+
+@dataclass(frozen=True)
+class _Update:
+    """An update whose loss the devices may still be computing."""
+
+    step: int
+    epoch: int
+    loss: jax.Array
+    size: int
+
+    def tell(self, outlets: _Outlets) -> None:
+        """Waits for the loss and tells of it."""
+        loss = float(self.loss)
+        if not np.isfinite(loss):
+            raise TrainingError(
+                f"the loss is {loss} at step {self.step}; {_kept(outlets.checkpoints)}"
+            )
+        outlets.log.append(step=self.step, epoch=self.epoch + 1, split="train", loss=loss)
+        outlets.bar.update(self.step, loss, self.size)
 
 
 class Compiled(NamedTuple):
@@ -99,6 +124,7 @@ class Trainer:
         head: tuple[LeafPath, ...],
         workload: Workload,
         metric: str,
+        placement: Placement,
         compiled: Compiled | None = None,
     ) -> None:
         """Prepares a run; nothing is compiled or written yet.
@@ -106,13 +132,21 @@ class Trainer:
         Args:
             config: The settings.
             model: A Flax model of transformers with a head for the task.
-            base: Its frozen parameters.
+            base: Its frozen parameters, where `placement` puts them.
             plan: The adapters and the leaves trained in full.
             head: The leaves that the checkpoint did not have.
             workload: The examples.
             metric: The validation metric that chooses the best epoch.
+            placement: Where arrays lie on the devices.
             compiled: Functions of another trainer that this one can share; None makes them.
+
+        Raises:
+            ConfigError: If the devices cannot divide a batch.
         """
+        check_sizes(config.optim, placement.batch)
+        self._placement = placement
+        self._training = Feed(placement.batch, config.optim.batch_size)
+        self._evaluation = Feed(placement.batch, config.optim.eval_batch_size)
         self._config, self._plan, self._base, self._metric = config, plan, base, metric
         self._workload = workload
         self._steps_per_epoch = len(workload.train_batches(config.run.seed, 0))
@@ -121,7 +155,9 @@ class Trainer:
         fast = frozenset(plan.trained) - frozenset(head) if in_place else frozenset()
         rate = learning_rate(config)
         self._optimizer = make_optimizer(config.optim, rate, plan, self._total, fast)
-        self.compiled = compiled or _compiled(config, model, plan, workload, self._optimizer)
+        self.compiled = compiled or _compiled(
+            config, model, plan, workload, self._optimizer, placement
+        )
 
     def train(self, directory: Path, console: Console) -> tuple[Any, Progress]:
         """Runs to the last step, from the last checkpoint if there is one.
@@ -135,22 +171,27 @@ class Trainer:
 
         Raises:
             TrainingError: If the loss or the small tree is no longer finite.
+            StoppedError: If SIGTERM asked the run to stop; a checkpoint was saved.
+            CheckpointError: If the last checkpoint is of another model or other adapters.
             OSError: If a file cannot be written.
         """
-        if not self._config.run.resume:
+        first = processes.is_first()
+        if first and not self._config.run.resume:
             shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
+        processes.meet("old checkpoints are gone")
         with Checkpoints(directory / CHECKPOINTS) as checkpoints:
             resumed = checkpoints.latest
             run = self._begin(checkpoints)
             step = int(run.state.step)
             with (
-                MetricsLog(directory, resumed) as log,
+                MetricsLog(directory, resumed) if first else nullcontext(NoLog()) as log,
                 TrainingProgress(self._total, step, console, self._workload.unit) as bar,
+                StopRequest(step) as stop,
             ):
                 if resumed is not None:
                     bar.say(f"resumed from step {step} of {self._total}")
                 began = time.monotonic() - run.progress.seconds
-                self._go_on(run, _Outlets(checkpoints, log, bar, began))
+                self._go_on(run, _Outlets(checkpoints, log, bar, began, stop.heard))
         return run.best, run.progress
 
     def train_in_memory(self, observer: Observer) -> tuple[Any, Progress]:
@@ -175,9 +216,14 @@ class Trainer:
         Returns:
             The state, and the key that dropout's keys are made from.
         """
-        init_key, rng = jax.random.split(jax.random.key(self._config.run.seed))
-        small = cf.init_adapters(init_key, self._plan, self._base)
-        return TrainState(small, self._optimizer.init(small), jnp.zeros((), jnp.int32)), rng
+
+        def make(base: Any) -> tuple[TrainState, jax.Array]:
+            init_key, rng = jax.random.split(jax.random.key(self._config.run.seed))
+            small = cf.init_adapters(init_key, self._plan, base)
+            return TrainState(small, self._optimizer.init(small), jnp.zeros((), jnp.int32)), rng
+
+        shardings = self._placement.like_small(jax.eval_shape(make, self._base))
+        return jax.jit(make, out_shardings=shardings)(self._base)
 
     def evaluate(self, small: Any, split: str, track: Track = untracked) -> Evaluation:
         """Measures a split.
@@ -190,16 +236,28 @@ class Trainer:
         Returns:
             Its metrics and loss.
         """
-        compiled = self.compiled
-        generate = compiled.generate and functools.partial(compiled.generate, small, self._base)
-        runner = Runner(functools.partial(compiled.predict, small, self._base), generate, track)
+        compiled, feed = self.compiled, self._evaluation
+
+        def predict(own: Batch) -> jax.Array:
+            return compiled.predict(small, self._base, feed.place(own))
+
+        def generate(ids: np.ndarray, mask: np.ndarray, key: jax.Array) -> jax.Array:
+            prompts = feed.place({"ids": ids[feed.rows], "mask": mask[feed.rows]})
+            # Only plain arrays can be put on devices of other processes.
+            data = jax.device_put(np.asarray(jax.random.key_data(key)), self._placement.replicated)
+            key = jax.random.wrap_key_data(data)
+            return compiled.generate(small, self._base, prompts["ids"], prompts["mask"], key)
+
+        runner = Runner(predict, compiled.generate and generate, track, feed.rows)
         return self._workload.evaluate(split, runner)
 
     def _go_on(self, run: _Run, outlets: _Outlets) -> None:
         start = int(run.state.step) // self._steps_per_epoch
         for epoch in range(start, self._config.optim.epochs):
-            self._train_epoch(run, epoch, outlets)
+            stop = self._train_epoch(run, epoch, outlets)
             self._close_epoch(run, epoch, outlets)
+            if stop and epoch + 1 < self._config.optim.epochs:
+                raise self._stopped((epoch + 1) * self._steps_per_epoch)
 
     def _begin(self, checkpoints: Checkpoints | None) -> _Run:
         state, rng = self.start()
@@ -208,21 +266,34 @@ class Trainer:
         # A copy, here and below: an update donates the buffers of the state it is given.
         return _Run(state, jax.tree.map(jnp.copy, state.small), rng, Progress())
 
-    def _train_epoch(self, run: _Run, epoch: int, outlets: _Outlets) -> None:
+    def _train_epoch(self, run: _Run, epoch: int, outlets: _Outlets) -> bool:
+        """Makes the updates of a pass, and says whether the run is to stop after it."""
         start = int(run.state.step) - epoch * self._steps_per_epoch
         every = self._config.run.checkpoint_every
         batches = self._workload.train_batches(self._config.run.seed, epoch)
-        for number, batch in enumerate(batches[start:], start=start + 1):
-            run.state, array = self.compiled.train_step(run.state, self._base, batch, run.rng)
-            step, loss = epoch * self._steps_per_epoch + number, float(array)
-            if not np.isfinite(loss):
-                raise TrainingError(
-                    f"the loss is {loss} at step {step}; {_kept(outlets.checkpoints)}"
-                )
-            outlets.log.append(step=step, epoch=epoch + 1, split="train", loss=loss)
-            outlets.bar.update(step, loss, self._workload.size(batch))
-            if every and step % every == 0 and number < self._steps_per_epoch:
+        feed, last, stop = self._training, None, False
+        for number, own in enumerate(batches[start:].share(feed.rows), start=start + 1):
+            batch = feed.place(own)
+            run.state, loss = self.compiled.train_step(run.state, self._base, batch, run.rng)
+            step = epoch * self._steps_per_epoch + number
+            # The devices have this step to do while the loss of the one before is looked at.
+            if last is not None:
+                last.tell(outlets)
+            last = _Update(step, epoch, loss, round(self._workload.size(own) / feed.share))
+            stop = outlets.stop(step)
+            within = number < self._steps_per_epoch
+            save = within and (stop or (every and step % every == 0))
+            if save or not within:
+                last.tell(outlets)
+                last = None
+            if save:
                 self._save(run, outlets, epoch=epoch, batch=number)
+            if within and stop:
+                raise self._stopped(step)
+        return stop
+
+    def _stopped(self, step: int) -> StoppedError:
+        return StoppedError(f"SIGTERM came, and step {step} of {self._total} is saved")
 
     def _close_epoch(self, run: _Run, epoch: int, outlets: _Outlets) -> None:
         """Evaluates, keeps the best, and saves."""
@@ -267,17 +338,21 @@ def _compiled(
     plan: cf.Plan,
     workload: Workload,
     optimizer: optax.GradientTransformation,
+    placement: Placement,
 ) -> Compiled:
     # Without a gradient to compute, recomputing changes nothing: one function serves both.
-    forward = make_forward(model, plan, workload.inputs, config.model.gradient_checkpointing)
+    remake = config.model.gradient_checkpointing
+    forward = make_forward(model, plan, workload.inputs, remake, placement)
     steps = config.optim.accumulation_steps
     settings = workload.generation
     return Compiled(
-        train_step=make_train_step(forward, workload.losses, optimizer, steps),
+        train_step=make_train_step(forward, workload.losses, optimizer, steps, placement),
         predict=jax.jit(
-            lambda small, base, batch: workload.rows(forward(small, base, batch), batch)
+            lambda small, base, batch: workload.rows(forward(small, base, batch), batch),
+            # All processes have all rows, to come to the same numbers.
+            out_shardings=placement.replicated,
         ),
-        generate=None if settings is None else make_generate(model, plan, settings),
+        generate=settings and make_generate(model, plan, settings, placement),
         finite=jax.jit(
             lambda tree: jnp.all(jnp.stack([jnp.isfinite(a).all() for a in jax.tree.leaves(tree)]))
         ),

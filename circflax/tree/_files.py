@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
+from jax.experimental import multihost_utils
 
 from circflax.methods import make_method
 from circflax.tree._adapters import adapters_by_target, check_plan
@@ -87,7 +88,7 @@ def _fingerprint(plan: Plan, read: Callable[[Path], jax.Array]) -> str:
         digest.update(f"{join(target.kernel_path)} {target.shape};".encode())
         # The first row tells two models apart, and costs no pass over gigabytes.
         row = kernel[(0,) * (kernel.ndim - 1)]
-        digest.update(np.asarray(jnp.asarray(row).astype(jnp.bfloat16)).tobytes())
+        digest.update(_whole(jnp.asarray(row).astype(jnp.bfloat16)).tobytes())
     return digest.hexdigest()
 
 
@@ -101,6 +102,9 @@ def save_adapters(
 ) -> None:
     """Writes a small tree as `adapter_model.safetensors` and `adapter_config.json`.
 
+    Of several processes, all must call it, since each may hold parts of the arrays; the first
+    writes.
+
     Args:
         directory: where to; made if missing, and an adapter already there is replaced.
         adapters: the small tree.
@@ -113,7 +117,7 @@ def save_adapters(
         OSError: if the files cannot be written; an adapter already there then stays as it was.
     """
     adapters_by_target(adapters, plan)
-    arrays = {join(path): np.asarray(leaf) for path, leaf in flatten(adapters).items()}
+    arrays = {join(path): _whole(leaf) for path, leaf in flatten(adapters).items()}
     for name, array in arrays.items():
         if not np.isfinite(array).all():
             raise ValueError(f"the adapters' array {name!r} is not finite, so nothing was saved.")
@@ -126,10 +130,19 @@ def save_adapters(
         "trained": [join(path) for path in plan.trained],
         "targets": [_target_to_json(target) for target in plan.targets],
     }
+    if jax.process_index() > 0:
+        return
     directory = FilePath(directory)
     directory.mkdir(parents=True, exist_ok=True)
     text = json.dumps(config, indent=1).encode()
     _replace({directory / ADAPTER_WEIGHTS: weights, directory / ADAPTER_CONFIG: text})
+
+
+def _whole(array: Any) -> np.ndarray:
+    """An array with the parts of it that other processes hold."""
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        return multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(array)
 
 
 def is_adapter(directory: str | os.PathLike[str]) -> bool:

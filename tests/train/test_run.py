@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 import circflax as cf
@@ -55,7 +56,8 @@ def finished(directory: Path) -> tuple[str, bytes]:
 
 
 def start(arguments: list[str]) -> subprocess.Popen:
-    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    # As many devices as the tests have, so that the last bits are the same.
+    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "JAX_NUM_CPU_DEVICES": "8"}
     return subprocess.Popen(
         [sys.executable, "-m", "train", *arguments],
         env=environment,
@@ -307,6 +309,32 @@ def test_checkpoints_hold_what_a_run_needs(tmp_path) -> None:
     assert np.array_equal(best["w"], small["w"] + 1)
     assert jax.random.key_data(rng).tolist() == jax.random.key_data(jax.random.key(5)).tolist()
     assert standing == progress
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"w": (4,)}, r"`best/w` has shape \(3,\) there, but has shape \(4,\) here"),
+        ({"v": (3,)}, r"`best/v` is missing there, but has shape \(3,\) here"),
+        ({"v": (3,), "w": (3,)}, r"`best/v` is missing there, but has shape \(3,\) here"),
+        ({}, r"`best/w` has shape \(3,\) there, but is missing here"),
+    ],
+)
+def test_a_checkpoint_of_other_adapters_is_one_sentence(other, message, tmp_path) -> None:
+    optimizer = optax.adam(1.0)
+
+    def state(shapes) -> TrainState:
+        small = {name: jax.numpy.zeros(shape) for name, shape in shapes.items()}
+        return TrainState(small, optimizer.init(small), jax.numpy.asarray(7))
+
+    saved, rng = state({"w": (3,)}), jax.random.key(0)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(saved, saved.small, rng, Progress())
+    with Checkpoints(tmp_path) as checkpoints:
+        with pytest.raises(cf.interop.CheckpointError, match=f"step 7 .*{message}"):
+            checkpoints.restore(state(other), rng)
+        assert checkpoints.latest == 7
+        checkpoints.restore(saved, rng)
 
 
 def test_training_error_is_not_a_value_error() -> None:

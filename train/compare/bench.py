@@ -15,6 +15,7 @@ from train.compare.grid import Cell, Grid
 from train.compare.records import Record
 from train.config import ConfigError
 from train.parts import load_model, make_plan
+from train.placement import make_placement
 from train.progress import untracked
 from train.tasks.text import TextClassification, Texts
 from train.trainer import Compiled, Trainer
@@ -90,6 +91,8 @@ class Bench:
         model, base, loaded = self._model[1]
         head = loaded.initialised
         plan = make_plan(cell.config, model, base, head)
+        placement = make_placement(cell.config.mesh, plan, base)
+        base = jax.device_put(base, placement.base)
         of = (cell.task, cell.label)
         trainer = Trainer(
             cell.config,
@@ -99,6 +102,7 @@ class Bench:
             head,
             self.texts[cell.task],
             task.metric,
+            placement,
             self._compiled[1] if self._compiled[0] == of else None,
         )
         self._compiled = of, trainer.compiled

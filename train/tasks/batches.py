@@ -3,12 +3,13 @@
 XLA compiles once per shape, so every batch has the full batch size and, where examples differ in
 length, is padded to one of a few bucket lengths. A batch is a pure function of the examples, the
 seed, the epoch and its number, so that a resumed run goes on with exactly the batches that were
-left.
+left, and so that each of several processes can make its own rows of the batches that all agree on.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from types import EllipsisType
 
 import numpy as np
 
@@ -19,10 +20,17 @@ Batch = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class PlannedBatch:
-    """Which examples a batch holds, at most as many as its rows, and the length of its rows."""
+    """What a batch holds.
+
+    Attributes:
+        indices: Its examples, at most as many as its rows.
+        length: The length of its rows.
+        rows: Which of its rows are made; an ellipsis for all.
+    """
 
     indices: np.ndarray
     length: int
+    rows: np.ndarray | EllipsisType = ...
 
 
 @dataclass(frozen=True)
@@ -59,12 +67,23 @@ class Batches:
             if ahead is not None:
                 yield ahead.result()
 
+    def share(self, rows: np.ndarray | EllipsisType) -> "Batches":
+        """The same batches, of which only some rows are made.
+
+        Args:
+            rows: Their numbers; an ellipsis for all.
+
+        Returns:
+            The batches.
+        """
+        return replace(self, plan=tuple(replace(planned, rows=rows) for planned in self.plan))
+
     def in_order(self, outputs: Sequence[np.ndarray]) -> np.ndarray:
         """Puts the rows computed from these batches into the order of the examples.
 
         Args:
-            outputs: One array for each batch, with a row for each of its rows; filling rows are
-                left out.
+            outputs: One array for each batch, with a row for each of its rows, made here or not;
+                filling rows are left out.
 
         Returns:
             One row for each example.
@@ -75,30 +94,32 @@ class Batches:
 
 
 def filled(planned: PlannedBatch, batch_size: int) -> np.ndarray:
-    """The rows of a batch: its examples, and the first of them again where they are too few.
+    """The rows to make: a batch's examples, and the first of them again where they are too few.
 
     Args:
         planned: What the batch holds.
         batch_size: Rows of the batch.
 
     Returns:
-        (batch_size,) positions. Unlike empty rows, repeated ones cannot make a model divide by 0.
+        (rows to make,) positions. Unlike empty rows, repeated ones cannot make a model divide by
+        0.
     """
     count = len(planned.indices)
-    return np.concatenate([planned.indices, np.repeat(planned.indices[:1], batch_size - count)])
+    rows = np.concatenate([planned.indices, np.repeat(planned.indices[:1], batch_size - count)])
+    return rows[planned.rows]
 
 
 def weights(planned: PlannedBatch, batch_size: int) -> np.ndarray:
-    """1 for the examples of a batch, 0 for the rows that fill it up.
+    """1 for the rows to make that are examples, 0 for those that fill the batch up.
 
     Args:
         planned: What the batch holds.
         batch_size: Rows of the batch.
 
     Returns:
-        (batch_size,), float32.
+        (rows to make,), float32.
     """
-    return (np.arange(batch_size) < len(planned.indices)).astype(np.float32)
+    return (np.arange(batch_size) < len(planned.indices)).astype(np.float32)[planned.rows]
 
 
 def plan(

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, BinaryIO, Protocol, Self, TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps
-from rich.console import Console
 
+from train.processes import console
 from train.progress import Display
 from train.tasks.records import DataError
 
@@ -172,7 +172,7 @@ def find_broken(images: Files | Rows) -> dict[int, str]:
         return None
 
     found = in_threads(problem, range(len(images)))
-    with Display(Console()) as display:
+    with Display(console()) as display:
         problems = list(display.track(found, len(images), "checking image"))
     return {index: why for index, why in enumerate(problems) if why is not None}
 

@@ -148,15 +148,15 @@ def collate(
         ``images`` (batch, height, width, 3), uint8, ``labels`` (int32) and ``weights`` (float32):
         1 for examples, 0 for the rows that fill up a partial batch.
     """
-    indices = planned.indices
+    # The rows that fill up are examples again, which are decoded once.
+    indices, places = np.unique(filled(planned, batch_size), return_inverse=True)
     images = _images(split, indices, model_input, views)
     if views.flipped is not None:
         flipped = views.flipped[indices]
         images[flipped] = images[flipped, :, ::-1]
-    rows = filled(PlannedBatch(np.arange(len(indices)), 0), batch_size)
     return {
-        "images": images[rows],
-        "labels": split.labels[indices[rows]],
+        "images": images[places],
+        "labels": split.labels[indices[places]],
         "weights": weights(planned, batch_size),
     }
 

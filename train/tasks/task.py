@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import EllipsisType
 from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
@@ -40,15 +41,17 @@ class Runner:
     """The compiled model in one state of its training.
 
     Attributes:
-        predict: What `Workload.rows` keeps of a batch.
+        predict: What `Workload.rows` keeps of a batch, all of it, given some of its rows.
         generate: Continues token ids (batch, length), padded on the left, with their attention
             mask and a key; returns the ids of both. None if the workload does not generate.
         track: Shows how far an evaluation has come.
+        rows: Which rows `predict` is to be given; other processes give it the rest.
     """
 
     predict: Callable[[Batch], jax.Array]
     generate: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] | None = None
     track: Track = untracked
+    rows: np.ndarray | EllipsisType = ...
 
     def predict_all(self, batches: Batches, split: str) -> list[np.ndarray]:
         """Predicts a split.
@@ -60,7 +63,7 @@ class Runner:
         Returns:
             What `predict` gives of each batch.
         """
-        tracked = self.track(batches, len(batches), f"evaluating {split}, batch")
+        tracked = self.track(batches.share(self.rows), len(batches), f"evaluating {split}, batch")
         return [np.asarray(self.predict(batch)) for batch in tracked]
 
 

@@ -105,7 +105,7 @@ def pack(lengths: np.ndarray, capacity: int, seed: int) -> tuple[tuple[int, ...]
 
 
 def collate(rows: Rows, planned: PlannedBatch, batch_size: int) -> Batch:
-    """Makes the arrays of one batch, each (batch_size, length).
+    """Makes the arrays of one batch, each (rows to make, length).
 
     Args:
         rows: The rows.
@@ -120,11 +120,12 @@ def collate(rows: Rows, planned: PlannedBatch, batch_size: int) -> Batch:
     """
     # Padding is masked, so any id serves.
     names = ("input_ids", "attention_mask", "position_ids", "segment_ids", "targets")
-    shape = (batch_size, planned.length)
+    own = filled(planned, batch_size)
+    shape = (len(own), planned.length)
     batch = {name: np.zeros(shape, np.int32) for name in names}
     batch["target_weights"] = np.zeros(shape, np.float32)
     counts = weights(planned, batch_size)
-    for place, row in enumerate(filled(planned, batch_size)):
+    for place, row in enumerate(own):
         end = 0
         for number, example in enumerate(rows.packs[row], start=1):
             ids, learnt = rows.encoded.row(example)
