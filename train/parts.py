@@ -4,6 +4,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 import circflax as cf
 from circflax.tree import Path as LeafPath
@@ -62,13 +63,14 @@ _TASKS: dict[type, type[Task]] = {
 
 
 def load_model(
-    config: Config, task: Task, track: Track = untracked
+    config: Config, task: Task, mesh: Mesh, track: Track = untracked
 ) -> tuple["FlaxPreTrainedModel", dict[str, Any], cf.interop.LoadReport]:
     """Loads the base model with a head for the task.
 
     Args:
         config: The settings.
         task: The task.
+        mesh: The devices that the parameters go to, each to its part of them.
         track: Shows how far reading has come.
 
     Returns:
@@ -86,6 +88,7 @@ def load_model(
         param_dtype=jnp.dtype(config.model.param_dtype),
         new_head=config.model.new_head,
         seed=config.run.seed,
+        shard=partial(cf.sharding.shard_params, mesh=mesh),
         progress=partial(track, what="loading the model"),
     )
 

@@ -8,7 +8,8 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 
 import circflax as cf
-from train.config import MeshConfig
+from train.config import Config
+from train.feed import check_sizes
 
 
 @dataclass(frozen=True)
@@ -42,26 +43,39 @@ class Placement:
         return cf.sharding.shard_like(tree, self.shapes, self.small, self.mesh)
 
 
-def make_placement(
-    config: MeshConfig, plan: cf.Plan, base: Any, devices: Sequence[jax.Device] | None = None
-) -> Placement:
+def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Arranges the devices of a run.
+
+    Args:
+        config: The settings.
+        devices: The devices; None is all that the processes have together.
+
+    Returns:
+        The mesh.
+
+    Raises:
+        ShardingError: If its sizes do not fit the devices.
+        ConfigError: If the devices cannot divide a batch.
+    """
+    sizes = config.mesh
+    mesh = cf.sharding.make_mesh(sizes.data, sizes.fsdp, sizes.tensor, devices)
+    check_sizes(config.optim, cf.sharding.shard_batch(mesh))
+    return mesh
+
+
+def make_placement(mesh: Mesh, plan: cf.Plan, base: Any) -> Placement:
     """Says where the arrays of a run lie.
 
     Args:
-        config: The sizes of the mesh.
+        mesh: The devices.
         plan: What is adapted and trained.
-        base: The frozen parameters, or their shapes.
-        devices: The devices; None is all that there are.
+        base: The frozen parameters on the mesh, or their shapes with shardings.
 
     Returns:
         The placement.
-
-    Raises:
-        ShardingError: If the mesh does not fit the devices.
     """
-    mesh = cf.sharding.make_mesh(config.data, config.fsdp, config.tensor, devices)
     shapes = jax.eval_shape(
         lambda key, base: cf.init_adapters(key, plan, base), jax.random.key(0), base
     )
-    base_shardings = cf.sharding.shard_params(base, mesh)
-    return Placement(mesh, base_shardings, shapes, cf.sharding.shard_adapters(plan, base_shardings))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, base)
+    return Placement(mesh, shardings, shapes, cf.sharding.shard_adapters(plan, shardings))

@@ -4,14 +4,13 @@ import dataclasses
 import os
 from pathlib import Path
 
-import jax
 from rich.console import Console
 
 import circflax as cf
 from train import processes, report, settings
 from train.config import Config, ConfigError
 from train.parts import load_model, load_task, make_plan
-from train.placement import make_placement
+from train.placement import make_mesh, make_placement
 from train.progress import Display
 from train.trainer import Trainer
 
@@ -44,13 +43,13 @@ def run(config: Config, console: Console | None = None) -> report.Summary:
     directory = Path(config.run.output)
     _check_directory(config, directory)
     task = load_task(config)
+    mesh = make_mesh(config)
     with Display(console) as display:
-        model, base, loaded = load_model(config, task, display.track)
+        model, base, loaded = load_model(config, task, mesh, display.track)
     plan = make_plan(config, model, base, loaded.initialised)
     counted = cf.summarize(base, plan)
     console.print(str(counted), highlight=False, markup=False, soft_wrap=True)
-    placement = make_placement(config.mesh, plan, base)
-    base = jax.device_put(base, placement.base)
+    placement = make_placement(mesh, plan, base)
     workload = task.encode(loaded.directory, model)
     trainer = Trainer(
         config, model, base, plan, loaded.initialised, workload, task.metric, placement

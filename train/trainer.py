@@ -21,7 +21,7 @@ from train import metrics, processes
 from train.checkpoints import Checkpoints, Progress
 from train.config import Config
 from train.failures import StoppedError, TrainingError
-from train.feed import Feed, check_sizes
+from train.feed import Feed
 from train.log import MetricsLog, NoLog
 from train.methods import IN_PLACE
 from train.optimizer import make_optimizer
@@ -143,7 +143,6 @@ class Trainer:
         Raises:
             ConfigError: If the devices cannot divide a batch.
         """
-        check_sizes(config.optim, placement.batch)
         self._placement = placement
         self._training = Feed(placement.batch, config.optim.batch_size)
         self._evaluation = Feed(placement.batch, config.optim.eval_batch_size)

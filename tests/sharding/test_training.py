@@ -57,7 +57,10 @@ def _step(method: str, mesh: str, parts: int = 1) -> tuple[Any, tuple[Any, ...],
     config = cf.AdapterConfig(method=METHODS[method], targets=targets, train=("norm",))
     plan = cf.make_plan(base, config, outline.layouts())
     devices = jax.devices()[:1] if mesh == ONE else None
-    placement = make_placement(MESHES.get(mesh, MeshConfig()), plan, base, devices)
+    sizes = MESHES.get(mesh, MeshConfig())
+    arranged = cf.sharding.make_mesh(sizes.data, sizes.fsdp, sizes.tensor, devices)
+    base = jax.device_put(base, cf.sharding.shard_params(base, arranged))
+    placement = make_placement(arranged, plan, base)
     optimizer = make_optimizer(OptimConfig(), 0.02, plan, STEPS)
     forward = make_forward(outline.model, plan, placement=placement)
     step = make_train_step(forward, _losses, optimizer, parts, placement)
@@ -66,7 +69,7 @@ def _step(method: str, mesh: str, parts: int = 1) -> tuple[Any, tuple[Any, ...],
     state = jax.device_put(state, placement.like_small(state))
     key = jax.device_put(jax.random.key(0), placement.replicated)
     batch = jax.device_put(_batch(0), placement.batch)
-    return step, (state, jax.device_put(base, placement.base), batch, key), placement
+    return step, (state, base, batch, key), placement
 
 
 @cache

@@ -1,10 +1,22 @@
 """A tiny pretrained model and a tiny task for the tests of whole runs."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+
+
+@pytest.fixture(autouse=True)
+def one_device() -> Iterator[None]:
+    """Runs inside a test take one of the simulated devices, as one in a process of its own does."""
+    devices = jax.devices()[:1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda: devices)
+        yield
+
 
 WORDS = ("red", "green", "blue", "apple", "stone", "river", "cloud", "lamp", "chair", "window")
 

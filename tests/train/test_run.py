@@ -56,8 +56,7 @@ def finished(directory: Path) -> tuple[str, bytes]:
 
 
 def start(arguments: list[str]) -> subprocess.Popen:
-    # As many devices as the tests have, so that the last bits are the same.
-    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "JAX_NUM_CPU_DEVICES": "8"}
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
     return subprocess.Popen(
         [sys.executable, "-m", "train", *arguments],
         env=environment,

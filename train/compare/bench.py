@@ -15,7 +15,7 @@ from train.compare.grid import Cell, Grid
 from train.compare.records import Record
 from train.config import ConfigError
 from train.parts import load_model, make_plan
-from train.placement import make_placement
+from train.placement import make_mesh, make_placement
 from train.progress import untracked
 from train.tasks.text import TextClassification, Texts
 from train.trainer import Compiled, Trainer
@@ -70,7 +70,8 @@ class Bench:
                         "there is no test split; set `data.test` or `data.test_fraction`"
                     )
         name, config = next(iter(by_task.items()))
-        model, base, loaded = load_model(config, self.tasks[name])
+        self._mesh = make_mesh(config)
+        model, base, loaded = load_model(config, self.tasks[name], self._mesh)
         for label, config in by_label.items():
             with _naming(f"method `{label}`"):
                 make_plan(config, model, base, loaded.initialised)
@@ -87,12 +88,11 @@ class Bench:
         task = self.tasks[cell.task]
         of = (cell.task, cell.config.run.seed)
         if self._model[0] != of:
-            self._model = of, load_model(cell.config, task)
+            self._model = of, load_model(cell.config, task, self._mesh)
         model, base, loaded = self._model[1]
         head = loaded.initialised
         plan = make_plan(cell.config, model, base, head)
-        placement = make_placement(cell.config.mesh, plan, base)
-        base = jax.device_put(base, placement.base)
+        placement = make_placement(self._mesh, plan, base)
         of = (cell.task, cell.label)
         trainer = Trainer(
             cell.config,

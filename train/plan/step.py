@@ -13,7 +13,7 @@ from train import docstrings, glue
 from train.config import DIGITS, Config, DataConfig, ImagesConfig
 from train.optimizer import make_optimizer
 from train.parts import find_task, learning_rate, make_plan
-from train.placement import Placement, make_placement
+from train.placement import Placement, make_mesh, make_placement
 from train.steps import TrainState, make_forward, make_train_step
 from train.tasks import classification
 from train.tasks.language import objective
@@ -107,10 +107,18 @@ def make_step(
     """
     model, optim = outline.model, config.optim
     base = outline.params
+    if devices is not None:
+        mesh = make_mesh(config, devices)
+        shardings = cf.sharding.shard_params(base, mesh)
+        base = jax.tree.map(
+            lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at),
+            base,
+            shardings,
+        )
     plan = make_plan(config, model, base, outline.new_leaves)
     optimizer = make_optimizer(optim, learning_rate(config), plan, steps=100)
     state = first_state(plan, optimizer, base)
-    placement = None if devices is None else make_placement(config.mesh, plan, base, devices)
+    placement = None if devices is None else make_placement(mesh, plan, base)
     rematerialize = config.model.gradient_checkpointing
     forward = make_forward(model, plan, rematerialize=rematerialize, placement=placement)
     losses = objective.losses if config.language.given else classification.losses
