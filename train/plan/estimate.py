@@ -245,8 +245,8 @@ def _plain(array: Array) -> tuple[int, ...]:
 def _module(place: str) -> str:
     """The module of an operation, without the numbers of layers, and which pass it is in."""
     names = place.split("/")
-    # Behind the model's class stand its modules, whatever wraps them, and last the operation.
-    start = next((i for i, name in enumerate(names) if name.rstrip(")").endswith("Module")), None)
+    # Behind the model, which is differentiated, stand its modules, and last the operation.
+    start = next((i for i, name in enumerate(names) if "jvp(" in name), None)
     if start is None:
         return "loss, update"
     wrappers = ("checkpoint", "rematted_computation")
