@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "circflax"
-LAYERS = ("ops", "methods", "tree", "linen", "costs", "interop", "cli")
+LAYERS = ("ops", "methods", "tree", "linen", "sharding", "costs", "interop", "cli")
 
 
 def imported(file: Path) -> set[str]:

@@ -42,6 +42,20 @@ class Placement:
         """A sharding for each array of a tree that holds the small tree or its moments."""
         return cf.sharding.shard_like(tree, self.shapes, self.small, self.mesh)
 
+    def describe(self, base: Any) -> str:
+        """Where the frozen parameters and the small tree lie, as two tables.
+
+        Args:
+            base: The frozen parameters, or their shapes.
+
+        Returns:
+            The mesh, and the tables.
+        """
+        sizes = " x ".join(f"{axis} {size}" for axis, size in self.mesh.shape.items())
+        frozen = cf.sharding.tabulate(base, self.base)
+        trains = cf.sharding.tabulate(self.shapes, self.small)
+        return f"mesh of {sizes}\n\nfrozen\n{frozen}\n\ntrains\n{trains}\n"
+
 
 def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Arranges the devices of a run.

@@ -48,8 +48,10 @@ def run(config: Config, console: Console | None = None) -> report.Summary:
         model, base, loaded = load_model(config, task, mesh, display.track)
     plan = make_plan(config, model, base, loaded.initialised)
     counted = cf.summarize(base, plan)
-    console.print(str(counted), highlight=False, markup=False, soft_wrap=True)
+    _say(console, str(counted))
     placement = make_placement(mesh, plan, base)
+    if mesh.size > 1:
+        _say(console, placement.describe(base))
     workload = task.encode(loaded.directory, model)
     trainer = Trainer(
         config, model, base, plan, loaded.initialised, workload, task.metric, placement
@@ -104,6 +106,10 @@ def run(config: Config, console: Console | None = None) -> report.Summary:
         report.write(directory, summary)
     report.show(summary, console)
     return summary
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _check_directory(config: Config, directory: Path) -> None:

@@ -58,6 +58,9 @@ def _run(argv: Sequence[str], console: Console) -> int:
         raise ConfigError("`--topology` must be set, such as `--topology v5e:4x4`")
     topology = find_topology(options.topology)
     config, step, notes = prepare(config, topology)
+    if len(topology.devices) > 1:
+        places = step.placement.describe(step.arguments[1])
+        console.print(places, highlight=False, markup=False, soft_wrap=True)
     with _waiting(console, f"compiling for {len(topology.devices)} × {options.topology}"):
         found = estimate(config, topology, step, notes)
     report.show(found, config, console)
