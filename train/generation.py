@@ -1,5 +1,6 @@
 """Answers of a causal language model to prompts of different lengths."""
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -63,11 +64,13 @@ def longest_prompt(config: "PretrainedConfig", sampling: Sampling) -> int:
     Raises:
         ValueError: If the answers alone do not fit.
     """
-    room = config.max_position_embeddings - sampling.max_new_tokens
+    # Models that weigh distances, such as Bloom, have no last position.
+    positions = getattr(config, "max_position_embeddings", sys.maxsize)
+    room = positions - sampling.max_new_tokens
     if room < 1:
         raise ValueError(
             f"answers of {sampling.max_new_tokens} tokens leave no room for a prompt: the model "
-            f"has {config.max_position_embeddings} positions"
+            f"has {positions} positions"
         )
     return room
 

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 import circflax as cf
 from circflax.tree import Path as LeafPath
-from train.config import Config, DataConfig, ImagesConfig, LanguageConfig
+from train.config import Config, ConfigError, DataConfig, ImagesConfig, LanguageConfig
 from train.methods import BITFIT, FULL, HEAD_ALONE, LAMDA_PP, RATES
 from train.progress import Track, untracked
 from train.tasks.images import ImageClassification
@@ -111,6 +111,11 @@ def make_plan(
         ValueError: If the settings and the model do not fit.
     """
     adapter = config.adapter
+    if adapter.method in RATES and adapter.method != LAMDA_PP and adapter.hyperparameters:
+        raise ConfigError(
+            f"`adapter.hyperparameters` has no use with the method `{adapter.method}`, which has"
+            " no adapters"
+        )
     if adapter.method == FULL:
         return cf.make_plan(base, cf.AdapterConfig(train=".*"))
     train = (*adapter.train, *("/".join(path) for path in initialised))

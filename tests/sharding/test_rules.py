@@ -69,6 +69,17 @@ def test_every_family_is_used_in_parts(id: str) -> None:
         assert found == parts, ending
 
 
+@pytest.mark.parametrize("id", ["bert", "vit", "gpt2", "gemma", "bart"])
+def test_every_family_computes_the_same_in_parts(id: str) -> None:
+    entry = architecture(id)
+    outline, inputs = cf.interop.outline_model(entry.config(), entry.head), entry.inputs()
+    params, mesh = outline.init(0), sharding.make_mesh(fsdp=2, tensor=4)
+    rows = sharding.shard_batch(mesh)
+    shardings = sharding.shard_params(params, mesh)
+    run = jax.jit(cf.linen.shard_rows(outline.run, rows), in_shardings=(shardings, rows))
+    np.testing.assert_allclose(run(params, inputs), outline.run(params, inputs), atol=1e-5)
+
+
 def test_fsdp_cuts_the_longest_axis_that_is_left() -> None:
     mesh = sharding.make_mesh(fsdp=4, tensor=2)
     tree = sharding.shard_params(_shapes("llama"), mesh)

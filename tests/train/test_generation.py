@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, models
-from transformers import FlaxLlamaForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import BloomConfig, FlaxLlamaForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 import circflax as cf
 from train.generation import Sampling, answer, longest_prompt
@@ -120,3 +120,4 @@ def test_answers_that_leave_no_room_are_refused(model):
     assert longest_prompt(model.config, Sampling(30)) == 2
     with pytest.raises(ValueError, match="answers of 32 tokens leave no room for a prompt"):
         longest_prompt(model.config, Sampling(32))
+    assert longest_prompt(BloomConfig(), Sampling(32)) > 1e9

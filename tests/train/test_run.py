@@ -272,6 +272,10 @@ def test_no_space_left_is_one_sentence_and_loses_nothing(
         (["--adapter.method", "cdvtf"], "did you mean 'cdvft'"),
         (["--adapter.targets", '["qurey"]'], "did you mean 'query'"),
         (["--adapter.hyperparameters.q", "4"], "cdvft has no hyperparameter 'q'"),
+        (
+            ["--adapter.method", "bitfit", "--adapter.hyperparameters.p", "4"],
+            "`adapter.hyperparameters` has no use with the method `bitfit`",
+        ),
         (["--adapter.method", "c3a", "--adapter.hyperparameters.b", "5"], "1, 2, 4, 8, 16"),
         (["--adapter.targets", '["word_embeddings"]'], "cannot be adapted"),
         (["--adapter.train", '["nothing"]'], "'nothing' in `train`"),
