@@ -249,7 +249,7 @@ def _module(place: str) -> str:
     start = next((i for i, name in enumerate(names) if "jvp(" in name), None)
     if start is None:
         return "loss, update"
-    wrappers = ("checkpoint", "rematted_computation")
+    wrappers = ("checkpoint", "rematted_computation", "shard_map")
     inner = [name for name in names[start:-1] if name.isidentifier() and name not in wrappers]
     return "/".join(inner[-2:]) + (" (backward)" if "transpose(" in place else "")
 
