@@ -37,7 +37,8 @@ def grid(quick: bool) -> list[Record]:
         config, model = load(name), name.split("/")[1]
         examples = config.images if config.images.given else None
         length = None if examples else config.examples.max_length
-        seen.setdefault((model, config.adapter.targets, config.optim.batch_size, length), name)
+        rows = config.optim.batch_size, config.optim.accumulation_steps
+        seen.setdefault((model, config.adapter.targets, *rows, length), name)
     return [{"chip": CHIP, "preset": name} for name in seen.values()]
 
 

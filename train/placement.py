@@ -34,6 +34,11 @@ class Placement:
         return cf.sharding.shard_batch(self.mesh)
 
     @property
+    def rows(self) -> NamedSharding | None:
+        """The same for a model that several devices run; None for one."""
+        return self.batch if self.mesh.size > 1 else None
+
+    @property
     def replicated(self) -> NamedSharding:
         """The same on every device."""
         return cf.sharding.replicated(self.mesh)

@@ -54,7 +54,7 @@ def make_forward(
     Returns:
         The function; with an rng, dropout is on.
     """
-    rows = placement.batch if placement is not None and placement.mesh.size > 1 else None
+    rows = placement and placement.rows
     run = cf.linen.keep_apart(cf.linen.attach(model, plan, rows=rows))
     if rematerialize:
         run = cf.linen.rematerialize(run)
@@ -85,13 +85,14 @@ def make_generate(
         model: A Flax causal language model of transformers.
         plan: The layers to adapt.
         settings: What `generate` of transformers takes besides.
-        placement: Where the result lies, whole; None leaves that to the arguments.
+        placement: Where the rows of prompts lie; the result is on every device. None leaves both to
+            XLA.
 
     Returns:
         The function: of prompts (batch, length), padded on the left, and their attention mask it
         gives prompts and answers, (batch, length + new).
     """
-    adapted = cf.linen.attach(model.generate, plan)
+    adapted = cf.linen.attach(model.generate, plan, rows=placement and placement.rows)
 
     def generate(
         small: Any, base: Any, ids: jax.Array, mask: jax.Array, key: jax.Array

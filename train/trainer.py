@@ -139,9 +139,6 @@ class Trainer:
             metric: The validation metric that chooses the best epoch.
             placement: Where arrays lie on the devices.
             compiled: Functions of another trainer that this one can share; None makes them.
-
-        Raises:
-            ConfigError: If the devices cannot divide a batch.
         """
         self._placement = placement
         self._training = Feed(placement.batch, config.optim.batch_size)

@@ -14,10 +14,11 @@ from jax import export
 
 import circflax as cf
 from tests.architectures import ARCHITECTURES
+from tests.linen.models import with_something
 from train.config import MeshConfig, OptimConfig
 from train.optimizer import make_optimizer
 from train.placement import Placement, make_placement
-from train.steps import TrainState, make_forward, make_train_step
+from train.steps import TrainState, make_forward, make_generate, make_train_step
 
 ONE = "one"
 MESHES = {
@@ -50,8 +51,10 @@ def _losses(logits: jax.Array, batch: Any) -> tuple[jax.Array, jax.Array]:
     return losses.sum(), jnp.float32(losses.size)
 
 
-def _step(method: str, mesh: str, parts: int = 1) -> tuple[Any, tuple[Any, ...], Placement]:
-    """The jitted step, its first arguments, on the mesh, and their placement."""
+def _step(
+    method: str, mesh: str, parts: int = 1
+) -> tuple[Any, tuple[Any, ...], Placement, cf.Plan]:
+    """The jitted step, its first arguments, on the mesh, their placement, and the plan."""
     outline, base = _model()
     targets = ("q_proj", "v_proj", "o_proj", "up_proj", "down_proj")
     config = cf.AdapterConfig(method=METHODS[method], targets=targets, train=("norm",))
@@ -69,13 +72,13 @@ def _step(method: str, mesh: str, parts: int = 1) -> tuple[Any, tuple[Any, ...],
     state = jax.device_put(state, placement.like_small(state))
     key = jax.device_put(jax.random.key(0), placement.replicated)
     batch = jax.device_put(_batch(0), placement.batch)
-    return step, (state, base, batch, key), placement
+    return step, (state, base, batch, key), placement, plan
 
 
 @cache
 def _trained(method: str, mesh: str, parts: int = 1) -> tuple[np.ndarray, str]:
     """The losses of all steps, and the compiled program of one."""
-    step, (state, base, batch, key), placement = _step(method, mesh, parts)
+    step, (state, base, batch, key), placement, _ = _step(method, mesh, parts)
     compiled = step.lower(state, base, batch, key).compile()
     losses = []
     for number in range(STEPS):
@@ -104,7 +107,7 @@ def test_parts_of_a_batch_have_rows_of_every_device(mesh: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_with_copies_of_the_model_gradients_alone_are_exchanged(method: str) -> None:
     collectives = _collectives(_trained(method, "data")[1])
-    _, (state, *_), _ = _step(method, "data")
+    _, (state, *_), *_ = _step(method, "data")
     numbers = sum(leaf.size for leaf in jax.tree.leaves(state.small))
     assert collectives == {"all-reduce": numbers + 1}  # and the loss
 
@@ -117,9 +120,23 @@ def test_parameters_are_made_whole_and_never_rows(mesh: str, method: str) -> Non
     assert not [shape for shape in gathered if {ROWS, ROWS * LENGTH} & set(shape)]
 
 
+@pytest.mark.parametrize("mesh", ["data", "mixed"])
+def test_answers_are_those_of_one_device(mesh: str) -> None:
+    answers = []
+    for where in (ONE, mesh):
+        _, (state, base, batch, key), placement, plan = _step("cdvft", where)
+        settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+        generate = make_generate(_model()[0].model, plan, settings, placement)
+        small = jax.device_put(with_something(state.small), placement.small)
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        answers.append(np.asarray(generate(small, base, ids, mask, key)))
+    assert answers[0].shape == (ROWS, LENGTH + 5)
+    np.testing.assert_array_equal(*answers)
+
+
 @pytest.mark.parametrize("mesh", MESHES)
 def test_the_step_is_exported_for_other_platforms(mesh: str) -> None:
-    step, arguments, _ = _step("cdvft", mesh)
+    step, arguments, *_ = _step("cdvft", mesh)
     exported = export.export(step, platforms=["cuda", "tpu"])(*arguments)
     assert exported.platforms == ("cuda", "tpu")
     assert exported.nr_devices == 8
