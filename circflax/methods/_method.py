@@ -4,6 +4,7 @@ import abc
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar, NamedTuple
 
 import jax
@@ -150,17 +151,23 @@ class Method(abc.ABC):
 
     def shapes(self, in_features: int, out_features: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and dtypes of the adapter's arrays, without making them."""
-        kernel = jax.ShapeDtypeStruct((in_features, out_features), jnp.float32)
-
-        def init(key: jax.Array, kernel: jax.Array) -> Params:
-            return self.init(key, in_features, out_features, kernel)
-
-        return dict(jax.eval_shape(init, jax.random.key(0), kernel))
+        return dict(_shapes(self, in_features, out_features))
 
     def parameter_count(self, in_features: int, out_features: int) -> int:
         """Number of trainable parameters of one adapter."""
         shapes = self.shapes(in_features, out_features)
         return sum(math.prod(s.shape) for name, s in shapes.items() if name not in self.frozen())
+
+
+# Every layer of a model asks, and most have the same sizes.
+@lru_cache
+def _shapes(method: Method, in_features: int, out_features: int) -> Params:
+    kernel = jax.ShapeDtypeStruct((in_features, out_features), jnp.float32)
+
+    def init(key: jax.Array, kernel: jax.Array) -> Params:
+        return method.init(key, in_features, out_features, kernel)
+
+    return jax.eval_shape(init, jax.random.key(0), kernel)
 
 
 @dataclass(frozen=True, kw_only=True)

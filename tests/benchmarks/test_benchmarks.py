@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from benchmarks import steps
 from benchmarks.__main__ import main
 from benchmarks.calibrate import main as calibrate
 from benchmarks.results import Results, markdown_table
@@ -12,7 +13,7 @@ from circflax.methods import METHODS
 from train.timing import time_interleaved
 
 
-def test_layers_are_measured_once(tmp_path, capsys) -> None:
+def test_layers_are_measured_once_and_calibrate(tmp_path, capsys) -> None:
     path = tmp_path / "results" / "layer.json"
     arguments = ["--suite", "layer", "--quick", "--json", str(path)]
     assert main(arguments) == 0
@@ -24,11 +25,6 @@ def test_layers_are_measured_once(tmp_path, capsys) -> None:
     assert main(arguments) == 0
     assert path.read_bytes() == before
     assert capsys.readouterr().out.splitlines()[-1] == first.splitlines()[-1]
-
-
-def test_calibration_reads_what_was_measured(tmp_path, capsys) -> None:
-    path = tmp_path / "layer.json"
-    main(["--suite", "layer", "--quick", "--json", str(path)])
     assert calibrate([str(path)]) == 0
     assert '"cpu": Rates(matrix=' in capsys.readouterr().out
 
@@ -39,10 +35,16 @@ def test_merging_is_measured(capsys) -> None:
 
 
 @pytest.mark.slow
-def test_training_steps_of_every_method_are_measured(tmp_path, capsys) -> None:
+def test_training_steps_are_measured(tmp_path, capsys, monkeypatch) -> None:
+    every = steps.adapters()
+    assert set(every) == {steps.HEAD, steps.BIASES, *METHODS}
+    # One that trains leaves alone, and methods that add to a layer's output or turn its kernel.
+    few = {name: every[name] for name in (steps.BIASES, "lora", "cdvft", "boft")}
+    monkeypatch.setattr(steps, "adapters", lambda: few)
+    monkeypatch.setitem(steps.MODELS["minilm-l6"], "num_hidden_layers", 1)
     assert main(["--suite", "step", "--quick", "--json", str(tmp_path / "step.json")]) == 0
     table = capsys.readouterr().out
-    for name in ("frozen + head", "biases", *METHODS):
+    for name in few:
         assert f"| {name} " in table
 
 

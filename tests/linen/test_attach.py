@@ -25,7 +25,6 @@ from circflax import (
 from circflax.linen import attach
 from circflax.tree import Plan
 from tests.linen.models import (
-    KINDS,
     Block,
     Transformer,
     adapted,
@@ -47,16 +46,6 @@ METHODS = (
     IA3(feedforward=True),
     LaMDA(r=2),
 )
-# Quick runs meet each kind and each method once.
-over_kinds_and_methods = pytest.mark.parametrize(
-    ("kind", "method"),
-    [
-        pytest.param(kind, method, marks=() if i == j % len(KINDS) else pytest.mark.slow)
-        for i, kind in enumerate(KINDS)
-        for j, method in enumerate(METHODS)
-    ],
-    ids=lambda value: getattr(value, "name", None),
-)
 SCAN = ("scan", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("plain", "remat")))
 
 
@@ -64,11 +53,38 @@ def eagerly(run):
     return run
 
 
+# Each method meets stacked layers, which its arrays follow, and one of the kinds that stack none;
+# quick runs meet each kind and each method once.
+PAIRS = [
+    (kind, j, () if (kind == "scan") == (j % 3 == 2) else pytest.mark.slow)
+    for j in range(len(METHODS))
+    for kind in ("scan", ("plain", "remat")[j % 2])
+]
+WAYS = (
+    ("jit-bfloat16", jax.jit, jnp.bfloat16),
+    ("eager-float32", eagerly, jnp.float32),
+    ("jit-float32", jax.jit, jnp.float32),
+    ("eager-bfloat16", eagerly, jnp.bfloat16),
+)
+# Each method is run in each way, and so is each kind.
+RUNS = [
+    pytest.param(kind, METHODS[j], *way, id=f"{kind}-{METHODS[j].name}-{name}", marks=marks)
+    for kind, j, marks in PAIRS
+    for name, *way in (WAYS[:2] if (kind == "scan") == (j % 4 < 2) else WAYS[2:])
+]
+
+
 def assert_equal(tree, other) -> None:
     jax.tree.map(np.testing.assert_array_equal, tree, other)
 
 
-@over_kinds_and_methods
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [
+        pytest.param(kind, METHODS[j], id=f"{kind}-{METHODS[j].name}", marks=marks)
+        for kind, j, marks in PAIRS
+    ],
+)
 def test_adapted_is_merged(kind: str, method) -> None:
     model, x = Transformer(kind), inputs()
     params, plan, adapters = adapted(model, method, x)
@@ -79,16 +95,7 @@ def test_adapted_is_merged(kind: str, method) -> None:
     assert np.abs(ours - model.apply({"params": params}, x)).max() > 1e-2
 
 
-@over_kinds_and_methods
-@pytest.mark.parametrize(
-    ("wrap", "dtype"),
-    [
-        pytest.param(jax.jit, jnp.bfloat16, id="jit-bfloat16"),
-        pytest.param(jax.jit, jnp.float32, id="jit-float32", marks=pytest.mark.slow),
-        pytest.param(eagerly, jnp.bfloat16, id="eager-bfloat16", marks=pytest.mark.slow),
-        pytest.param(eagerly, jnp.float32, id="eager-float32"),
-    ],
-)
+@pytest.mark.parametrize(("kind", "method", "wrap", "dtype"), RUNS)
 def test_fresh_adapters_change_no_bit(kind: str, method, wrap, dtype) -> None:
     model, x = Transformer(kind, dtype), inputs(dtype)
     params, plan, adapters = adapted(model, method, x, fresh=True)

@@ -44,11 +44,10 @@ OTHERS = {
     "lamda": LaMDA(r=2),
 }
 METHODS = CIRCULANT | OTHERS
-# Every architecture meets one method, and each circulant method every architecture.
+# Every architecture meets one method, and each circulant method the one that stores its kernels
+# output first.
 ROTATION = list(zip(ARCHITECTURES, itertools.cycle(METHODS)))
-REST = [
-    (entry, name) for entry in ARCHITECTURES for name in CIRCULANT if (entry, name) not in ROTATION
-]
+REST = [(architecture("gpt2"), name) for name in CIRCULANT]
 PAIRS = [*ROTATION, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in REST)]
 over_pairs = pytest.mark.parametrize(("entry", "method"), PAIRS, ids=str)
 

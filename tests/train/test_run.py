@@ -26,17 +26,13 @@ from train.run import run
 from train.steps import TrainState
 from train.tasks import classification
 
-# Hyperparameters that fit layers of 16 by 16.
+# What a run does otherwise for one than for another, with hyperparameters that fit layers of 16 by
+# 16: frozen arrays, changed inputs and kernels, arrays that train for a while, leaves alone.
 METHODS = {
     "cdvft": {},
-    "c3a": {},
-    "bca": {},
-    "lora": {},
     "vera": {},
-    "fourierft": {"n": 20},
     "ia3": {},
     "boft": {},
-    "lamda": {"r": 3},
     "lamda++": {"r": 3},
     "full": {},
     "bitfit": {},
@@ -105,22 +101,24 @@ def test_equal_seeds_give_equal_runs_and_others_do_not(arguments, tmp_path) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stop", [3, 5, 9])
-def test_a_killed_run_resumes_and_ends_with_the_same_numbers(stop, arguments, tmp_path) -> None:
+def test_a_killed_run_resumes_and_ends_with_the_same_numbers(arguments, tmp_path, capsys) -> None:
     arguments = [*arguments, "--run.checkpoint_every", "2"]
     whole = tmp_path / "whole"
     assert main([*arguments, "--run.output", str(whole)]) == 0
     metrics = tmp_path / "run" / "metrics.jsonl"
-    process = start(arguments)
-    while process.poll() is None:
-        if metrics.exists() and metrics.read_text().count("\n") >= stop:
-            process.send_signal(signal.SIGKILL)
-            break
-        time.sleep(0.005)
-    process.wait()
-    assert process.returncode == -signal.SIGKILL
-    out, error = start(arguments).communicate()
-    assert "resumed from step" in out or stop < 4, error
+    # In the first epoch, and then in the second.
+    for stop in (3, 9):
+        process = start(arguments)
+        while process.poll() is None:
+            if metrics.exists() and metrics.read_text().count("\n") >= stop:
+                process.send_signal(signal.SIGKILL)
+                break
+            time.sleep(0.005)
+        process.wait()
+        assert process.returncode == -signal.SIGKILL
+    capsys.readouterr()
+    assert main(arguments) == 0
+    assert "resumed from step" in capsys.readouterr().out
     assert finished(tmp_path / "run") == finished(whole)
 
 
