@@ -601,6 +601,14 @@ def test_bad_arguments_are_one_sentence(more, message, arguments, capsys):
     assert message in error and error.count("\n") == 1
 
 
+def test_records_of_the_committed_comparison_are_still_its_cells():
+    root = Path(__file__).parents[2]
+    grid = reading.load(["--config", str(root / "configs" / "compare" / "minilm.yaml")], Grid)
+    found, _ = records.read(root / "docs" / "results" / "compare" / "cells.jsonl")
+    cells = {key for trial in grid.trials for key in trial.cells}
+    assert len(cells & found.keys()) >= 27
+
+
 def test_help_names_settings_and_options(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])

@@ -100,10 +100,10 @@ class Cell:
     def settings(self) -> dict[str, Any]:
         """All that determines the result besides task, label, rates and seed.
 
-        Left out are what is not set and where the data lie on this machine.
+        Left out are what is not set, where the data lie on this machine, and its devices.
         """
         config = dataclasses.asdict(self.config)
-        del config["images"], config["language"]
+        del config["images"], config["language"], config["mesh"]
         config["run"] = {"metric": self.config.run.metric}
         for section, name in _NOT_SETTINGS:
             del config[section][name]
