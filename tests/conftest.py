@@ -25,7 +25,7 @@ for name, value in (("min_compile_time_secs", 0.2), ("min_entry_size_bytes", 0))
 settings.register_profile(
     "circflax",
     deadline=None,
-    max_examples=20,
+    max_examples=10,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )

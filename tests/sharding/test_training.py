@@ -56,7 +56,8 @@ def _step(
 ) -> tuple[Any, tuple[Any, ...], Placement, cf.Plan]:
     """The jitted step, its first arguments, on the mesh, their placement, and the plan."""
     outline, base = _model()
-    targets = ("q_proj", "v_proj", "o_proj", "up_proj", "down_proj")
+    # Layers that read one input, and one whose inputs are cut up.
+    targets = ("q_proj", "v_proj", "down_proj")
     config = cf.AdapterConfig(method=METHODS[method], targets=targets, train=("norm",))
     plan = cf.make_plan(base, config, outline.layouts())
     devices = jax.devices()[:1] if mesh == ONE else None
@@ -92,7 +93,7 @@ def _trained(method: str, mesh: str, parts: int = 1) -> tuple[np.ndarray, str]:
 @pytest.mark.parametrize("mesh", MESHES)
 def test_the_loss_curve_is_that_of_one_device(mesh: str, method: str) -> None:
     one, _ = _trained(method, ONE)
-    assert one[-1] < one[0] - 0.005
+    assert one[-1] < one[0] - 0.002
     np.testing.assert_allclose(_trained(method, mesh)[0], one, rtol=1e-5)
 
 
@@ -134,7 +135,7 @@ def test_answers_are_those_of_one_device(mesh: str) -> None:
     np.testing.assert_array_equal(*answers)
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", ["data", "mixed"])
 def test_the_step_is_exported_for_other_platforms(mesh: str) -> None:
     step, arguments, *_ = _step("cdvft", mesh)
     exported = export.export(step, platforms=["cuda", "tpu"])(*arguments)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def one_device() -> Iterator[None]:
     """Runs inside a test take one of the simulated devices, as one in a process of its own does."""
     devices = jax.devices()[:1]

@@ -79,7 +79,7 @@ def test_saved_settings_load_equal(tmp_path):
         (["--epochs=1"], "unknown key `epochs`; did you mean `optim.epochs`?"),
         (["--optim.epoch=1"], "did you mean `optim.epochs`?"),
         (["--optim.lr=1"], "known keys are optim.epochs, optim.batch_size"),
-        (["--zzz=1"], "the sections are model, data, images, language, adapter, optim, run"),
+        (["--zzz=1"], "the sections are model, data, images, language, adapter, optim, mesh, run"),
         (["--optim.epochs=abc"], "`optim.epochs` must be a whole number, not 'abc'"),
         (["--optim.epochs=1.5"], "`optim.epochs` must be a whole number, not '1.5'"),
         (["--optim.learning_rate=x"], "`optim.learning_rate` must be a number or null, not 'x'"),
