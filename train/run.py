@@ -62,13 +62,14 @@ def run(config: Config, console: Console | None = None) -> report.Summary:
     if processes.is_first():
         directory.mkdir(parents=True, exist_ok=True)
         settings.save(config, directory / CONFIG)
-    untrained = trainer.start()[0].small
+    before = {}
     if workload.compared:
         console.print(f"measuring {', '.join(workload.compared)} before the training")
-    with Display(console) as display:
-        before = {
-            name: trainer.evaluate(untrained, name, display.track) for name in workload.compared
-        }
+        untrained = trainer.start()[0].small
+        with Display(console) as display:
+            before = {
+                name: trainer.evaluate(untrained, name, display.track) for name in workload.compared
+            }
     best, progress = trainer.train(directory, console)
     last = "test" if "test" in workload.splits else "validation"
     measured = dict.fromkeys((last, *workload.compared))

@@ -55,6 +55,34 @@ def load(argv: Sequence[str], kind: type[Settings] = Config, **about: str) -> Se
         raise _name_entry(parser, namespace, error) from None
 
 
+def load_with_options(
+    argv: Sequence[str],
+    options: argparse.ArgumentParser,
+    kind: type[Settings] = Config,
+    **about: str,
+) -> tuple[argparse.Namespace, Settings]:
+    """Reads settings beside options of one call, which are no settings.
+
+    Args:
+        argv: Command-line arguments.
+        options: Knows the options; made with ``exit_on_error=False``.
+        kind: As for `load`.
+        **about: As for `load`; the options' help is added.
+
+    Returns:
+        The options and the settings.
+
+    Raises:
+        ConfigError: As `load`.
+    """
+    try:
+        known, rest = options.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise ConfigError(str(error)) from None
+    each = (f"{action.option_strings[0]}: {action.help}" for action in options._actions)
+    return known, load(rest, kind, epilog="besides: " + "; ".join(each), **about)
+
+
 def save(config: Config, path: str | Path) -> None:
     """Writes settings as YAML that `load` reads back as equal ones, without unused sections.
 

@@ -1,6 +1,7 @@
 """The training loop: updates, an evaluation each epoch, checkpoints."""
 
 import dataclasses
+import functools
 import shutil
 import time
 from collections.abc import Callable
@@ -212,14 +213,17 @@ class Trainer:
         Returns:
             The state, and the key that dropout's keys are made from.
         """
+        return self._start(self._base)
 
+    @functools.cached_property
+    def _start(self) -> Callable[[Any], tuple[TrainState, jax.Array]]:
         def make(base: Any) -> tuple[TrainState, jax.Array]:
             init_key, rng = jax.random.split(jax.random.key(self._config.run.seed))
             small = cf.init_adapters(init_key, self._plan, base)
             return TrainState(small, self._optimizer.init(small), jnp.zeros((), jnp.int32)), rng
 
         shardings = self._placement.like_small(jax.eval_shape(make, self._base))
-        return jax.jit(make, out_shardings=shardings)(self._base)
+        return jax.jit(make, out_shardings=shardings)
 
     def evaluate(self, small: Any, split: str, track: Track = untracked) -> Evaluation:
         """Measures a split.

@@ -8,6 +8,7 @@ so the right one takes its place while the module is called.
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -16,6 +17,7 @@ import numpy as np
 from flax import linen as nn
 
 from circflax.interop._tensors import CheckpointError
+from circflax.linen._calls import intercept_calls
 from circflax.linen._replaced import replaced
 
 if TYPE_CHECKING:
@@ -47,7 +49,7 @@ def with_rotary(module: nn.Module) -> nn.Module:
         @nn.nowrap
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             table = jnp.asarray(rotary_table(frequencies, config.max_position_embeddings))
-            with nn.intercept_methods(_Rotate(table)):
+            with intercept_calls(partial(_rotate, table)):
                 return super().__call__(*args, **kwargs)
 
     fields = (field.name for field in dataclasses.fields(module) if field.init)
@@ -130,22 +132,15 @@ def _numbers(scaling: Mapping[str, Any], *names: str) -> list[float]:
     return [scaling[name] for name in names]
 
 
-class _Rotate:
-    """The interceptor of one run of a model."""
-
-    def __init__(self, table: jax.Array) -> None:
-        self._table = table
-
-    def __call__(
-        self,
-        layer: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        context: nn.module.InterceptorContext,
-    ) -> Any:
-        module = context.module
-        # Made in the module's setup, which has run by now.
-        if context.method_name != "__call__" or vars(module).get("sincos") is None:
-            return layer(*args, **kwargs)
-        with replaced(module, "sincos", self._table):
-            return layer(*args, **kwargs)
+def _rotate(
+    table: jax.Array,
+    module: nn.Module,
+    layer: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Calls a module with the table, if it has one of its own, made in its setup."""
+    if vars(module).get("sincos") is None:
+        return layer(*args, **kwargs)
+    with replaced(module, "sincos", table):
+        return layer(*args, **kwargs)

@@ -10,6 +10,7 @@ from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 
 from circflax import ops
+from circflax.linen._calls import intercept_calls
 from circflax.linen._inputs import Arguments, first_input, with_first_input
 from circflax.methods import Additive, Params
 from circflax.tree import ADAPTER, Path, Plan, Target
@@ -73,7 +74,7 @@ def attach(
     @functools.wraps(run)
     def adapted(*args: P.args, **kwargs: P.kwargs) -> R:
         adapt = _Adapt(plan, rows)
-        with nn.intercept_methods(adapt), ops.default_strategy(strategy):
+        with intercept_calls(adapt), ops.default_strategy(strategy):
             return run(*args, **kwargs)
 
     return adapted
@@ -89,16 +90,13 @@ class _Adapt:
 
     def __call__(
         self,
+        module: nn.Module,
         layer: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        context: nn.module.InterceptorContext,
     ) -> Any:
-        module = context.module
         target = self._plan.by_path.get(module.path)
-        if context.method_name != "__call__" or target is None:
-            return layer(*args, **kwargs)
-        params = _adapter(module)
+        params = None if target is None else _adapter(module)
         if params is None:
             return layer(*args, **kwargs)
         x = first_input(args, kwargs)

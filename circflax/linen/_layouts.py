@@ -9,6 +9,7 @@ from flax import linen as nn
 from flax.errors import FlaxError
 from jax.extend.core import Jaxpr, Literal, Var
 
+from circflax.linen._calls import intercept_calls
 from circflax.linen._inputs import first_input, with_first_input
 from circflax.tree import Layout, Path, Tree
 from circflax.tree._paths import flatten, join
@@ -50,15 +51,14 @@ def find_layouts(run: Callable[[Tree], Any], params: Tree) -> dict[Path, Layout 
     examining = False
 
     def observe(
+        module: nn.Module,
         layer: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        context: nn.module.InterceptorContext,
     ) -> Any:
         nonlocal examining
-        module = context.module
         # A layer under examination is called again, by itself; that call is none of the model's.
-        if context.method_name == "__call__" and not examining:
+        if not examining:
             examining = True
             own = module.variables.get("params", {})
             arrays = [name for name, leaf in own.items() if not isinstance(leaf, Mapping)]
@@ -74,7 +74,7 @@ def find_layouts(run: Callable[[Tree], Any], params: Tree) -> dict[Path, Layout 
             examining = False
         return layer(*args, **kwargs)
 
-    with nn.intercept_methods(observe):
+    with intercept_calls(observe):
         jax.eval_shape(run, params)
     if not found:
         raise ValueError(

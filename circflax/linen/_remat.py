@@ -8,6 +8,8 @@ from typing import Any, ParamSpec, TypeVar
 import jax
 from flax import linen as nn
 
+from circflax.linen._calls import intercept_calls
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -53,7 +55,7 @@ def rematerialize(run: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(run)
     def rematerialized(*args: P.args, **kwargs: P.kwargs) -> R:
         recompute = _Recompute()
-        with nn.intercept_methods(recompute):
+        with intercept_calls(recompute):
             result = run(*args, **kwargs)
         if not recompute.met:
             raise ValueError(
@@ -75,13 +77,12 @@ class _Recompute:
 
     def __call__(
         self,
+        module: nn.Module,
         layer: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        context: nn.module.InterceptorContext,
     ) -> Any:
-        module = context.module
-        if context.method_name != "__call__" or self._inside or not _is_repeated(module):
+        if self._inside or not _is_repeated(module):
             return layer(*args, **kwargs)
         leaves, tree = jax.tree.flatten((args, kwargs))
         # Flags and the like stay what they are: the layer may branch on them.

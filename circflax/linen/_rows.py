@@ -8,6 +8,7 @@ import jax
 from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 
+from circflax.linen._calls import intercept_calls
 from circflax.linen._inputs import first_input
 
 P = ParamSpec("P")
@@ -46,7 +47,7 @@ def shard_rows(run: Callable[P, R], sharding: NamedSharding) -> Callable[P, R]:
 
     @functools.wraps(run)
     def sharded(*args: P.args, **kwargs: P.kwargs) -> R:
-        with nn.intercept_methods(_KeepRows(sharding)):
+        with intercept_calls(_KeepRows(sharding)):
             return run(*args, **kwargs)
 
     return sharded
@@ -61,13 +62,11 @@ class _KeepRows:
 
     def __call__(
         self,
+        module: nn.Module,
         layer: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        context: nn.module.InterceptorContext,
     ) -> Any:
-        if context.method_name != "__call__":
-            return layer(*args, **kwargs)
         if self._rows is None:
             # The first call is the whole model's, whose input has all rows.
             self._rows = first_input(args, kwargs).shape[0]

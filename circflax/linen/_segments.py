@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from circflax.linen._calls import intercept_calls
 from circflax.linen._inputs import first_input
 from circflax.linen._replaced import replaced
 
@@ -63,7 +64,7 @@ def keep_apart(run: Callable[..., R]) -> Callable[..., R]:
         if segment_ids is None:
             return run(*args, **kwargs)
         separate = _Separate(jnp.asarray(segment_ids))
-        with nn.intercept_methods(separate):
+        with intercept_calls(separate):
             result = run(*args, **kwargs)
         if not separate.met:
             raise ValueError(
@@ -91,15 +92,14 @@ class _Separate:
 
     def __call__(
         self,
+        module: nn.Module,
         layer: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        context: nn.module.InterceptorContext,
     ) -> Any:
-        module = context.module
         # Made in the module's setup, which has run by now; an attribute of another kind is not it.
         causal = vars(module).get("causal_mask")
-        if context.method_name != "__call__" or getattr(causal, "ndim", None) != 4:
+        if getattr(causal, "ndim", None) != 4:
             return layer(*args, **kwargs)
         self.met = True
         self._check(module, first_input(args, kwargs))

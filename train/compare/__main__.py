@@ -19,7 +19,6 @@ from train.compare import costs, plots, records, runner, table
 from train.compare.bench import Bench
 from train.compare.grid import Grid
 from train.compare.outcomes import Outcome, gather
-from train.config import ConfigError
 from train.failures import exit_code
 
 TABLE, CSV = "table.md", "table.csv"
@@ -40,17 +39,12 @@ def main(argv: list[str]) -> int:
 
 
 def _run(argv: Sequence[str], console: Console) -> int:
-    parser = _parser()
-    try:
-        options, rest = parser.parse_known_args(argv)
-    except argparse.ArgumentError as error:
-        raise ConfigError(str(error)) from None
-    grid = settings.load(
-        rest,
+    options, grid = settings.load_with_options(
+        argv,
+        _parser(),
         Grid,
         prog="python -m train.compare",
         description="Compare methods on tasks with one base model.",
-        epilog="besides: " + "; ".join(f"{a.option_strings[0]}: {a.help}" for a in parser._actions),
     )
     directory = Path(grid.output)
     if options.report:

@@ -43,16 +43,11 @@ def main(argv: list[str]) -> int:
 
 
 def _run(argv: Sequence[str], console: Console) -> int:
-    parser = _parser()
-    try:
-        options, rest = parser.parse_known_args(argv)
-    except argparse.ArgumentError as error:
-        raise ConfigError(str(error)) from None
-    config = settings.load(
-        rest,
+    options, config = settings.load_with_options(
+        argv,
+        _parser(),
         prog="python -m train.plan",
         description="Ask the TPU compiler whether a run fits, what it sends and how long it takes.",
-        epilog="besides: " + "; ".join(f"{a.option_strings[0]}: {a.help}" for a in parser._actions),
     )
     if options.topology is None:
         raise ConfigError("`--topology` must be set, such as `--topology v5e:4x4`")
