@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from train import docstrings, glue
+from train import docstrings, glue, methods
 
 DIGITS = "digits"
 
@@ -344,6 +344,10 @@ class AdapterConfig:
     train: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        _require(
+            self.method in methods.ALL,
+            f"`adapter.method` {self.method!r} is unknown; it can be {', '.join(methods.ALL)}",
+        )
         _require(
             all(layer >= 0 for layer in self.layers or ()),
             f"`adapter.layers` must be numbers from 0 up, not {list(self.layers or ())}",

@@ -9,3 +9,5 @@ LAMDA_PP = "lamda++"
 IN_PLACE = (BITFIT, FULL)
 # The learning rate of each to begin with; those of circflax have their own.
 RATES = {FULL: 5e-5, BITFIT: 1e-3, HEAD_ALONE: 0.0, LAMDA_PP: cf.LaMDA.learning_rate}
+# Every name that a run can be given.
+ALL = (*cf.methods.METHODS, *RATES)

@@ -108,6 +108,7 @@ class TestGrid:
             ("tasks.one.data.max_length", "x", "`tasks.one.data.max_length` must be a whole"),
             ("tasks.one.data.max_length", 1, "`tasks.one`: `data.max_length` must be at least 2"),
             ("tasks.one.data.task", "foo", "`tasks.one`: `data.task` 'foo' is unknown"),
+            ("methods.c3a.method", "c4a", "`methods.c3a`: `adapter.method` 'c4a' is unknown"),
             ("tasks.one.epochs", 0, "on `one`: `optim.epochs` must be at least 1"),
             ("tasks.two", None, "`tasks.two` in"),
             ("methods.lora.learning_rate", 1, "did you mean `methods.lora.learning_rates`?"),
@@ -560,7 +561,6 @@ DATA = {"train": "train.jsonl", "max_length": 16}
 @pytest.mark.parametrize(
     ("section", "value", "message"),
     [
-        ("methods", {"mine": C3A | {"method": "c4a"}}, "method `mine`: unknown method 'c4a'"),
         ("methods", {"mine": C3A | {"hyperparameters": {"q": 1}}}, "method `mine`: c3a has no"),
         ("methods", {"mine": C3A | {"targets": ["qurey"]}}, "method `mine`: "),
         ("tasks", {"mine": {"data": DATA}}, "task `mine`: there is no test split"),

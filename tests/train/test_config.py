@@ -153,6 +153,7 @@ def test_the_model_is_required():
         (["--data.validation_fraction=1"], "`data.validation_fraction` must be between 0 and 1"),
         (["--data.buckets=[64, 32]"], "`data.buckets` must be increasing"),
         (["--data.max_length=1"], "`data.max_length` must be at least 2, not 1"),
+        (["--adapter.method=lara"], "'lara' is unknown; it can be cdvft, c3a"),
         (["--adapter.layers=[-1]"], "`adapter.layers` must be numbers from 0 up"),
         (["--optim.batch_size=10", "--optim.accumulation_steps=3"], "must be a multiple of"),
         (["--optim.epochs=0"], "`optim.epochs` must be at least 1, not 0"),
