@@ -8,13 +8,14 @@ MINILM := .cache/minilm
 quickstart: $(VENV)/train $(MINILM)/config.json
 	$(VENV)/bin/python -m train.quickstart
 
+# In the order of the files, of which the last are quick, so that no process is left to work alone.
 test: $(VENV)/test $(MINILM)/config.json
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile
+	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 test-fast: $(VENV)/test $(MINILM)/config.json
-	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile -m "not slow"
+	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
