@@ -99,8 +99,9 @@ def _kernel_cycles(program: Program, chip: str) -> float:
         shapes = [(array.dtype, array.shape) for array in kernel.arrays if array.shape]
         tokens = next(sizes[0] for kind, sizes in shapes if kind == "bf16")
         widths = [sizes[1] for kind, sizes in shapes if kind == "bf16"]
-        matrices = max(sizes[0] for kind, sizes in shapes if sizes[-1] == 2 * _fused.LANES)
-        block = widths[0] * widths[1] // (64 * matrices)
+        length = next(sizes[2] for kind, sizes in shapes if len(sizes) == 3 and sizes[0] == 2)
+        block = length * _fused.LANES
+        matrices = 2 * length * (widths[0] // block) * (widths[1] // block)
         # The product's result comes before its operand, the other kernels' x before g.
         out_features, in_features = widths if name == "product" else reversed(widths)
         schedule = _schedule(chip, name, tokens, out_features, in_features, block)

@@ -1,5 +1,6 @@
 """Products of circulant and block-circulant matrices with batches of vectors."""
 
+import itertools
 from collections.abc import Sequence
 from functools import partial
 
@@ -14,8 +15,7 @@ from circflax.ops._checks import (
     check_vector,
 )
 from circflax.ops._choice import Strategy, resolve_strategy
-from circflax.ops._form import fitted_product
-from circflax.ops._matrix import first_columns
+from circflax.ops._form import fitted_product, transposed_product
 
 
 def circulant_product(
@@ -187,9 +187,10 @@ def block_circulant_products(
         out_features=sum(rows),
         strategy=strategy,
     )
-    starts = [sum(rows[:i]) for i in range(len(rows))]
-    ends = [start + size for start, size in zip(starts, out_features, strict=True)]
-    return [y[..., start:end] for start, end in zip(starts, ends, strict=True)]
+    # Gradients of parts of a split are joined again; those of slices are padded and added.
+    ends = list(itertools.accumulate(rows))[:-1]
+    parts = jnp.split(y, ends, axis=-1)
+    return [part[..., :size] for part, size in zip(parts, out_features, strict=True)]
 
 
 @partial(jax.jit, static_argnums=(2, 3, 4))
@@ -202,5 +203,7 @@ def _product(
     out_features: int,
     strategy: Strategy | None,
 ) -> jax.Array:
-    kernel = first_columns(kernel, convention)
+    if convention == "row":
+        # Blocks given by their rows are those given by their columns, transposed.
+        return transposed_product(kernel.swapaxes(0, 1), x, out_features, strategy=strategy)
     return fitted_product(kernel, x, out_features, strategy=strategy)

@@ -34,7 +34,7 @@ def product(kernel: jax.Array, x: jax.Array, dtype: jnp.dtype, *, length: int) -
     out_blocks, _, block = kernel.shape
     x = _transform(x.astype(dtype), block, length)
     y = jnp.einsum("skl,slt->skt", response(kernel, length).astype(dtype), x)
-    table = _tables(length)[0].reshape(-1, length).astype(dtype)
+    table = _table(length).reshape(-1, length).astype(dtype)
     size = block // length
     y = table.T @ y.reshape(table.shape[0], out_blocks * size * tokens)
     y = y.reshape(length, out_blocks, size, tokens).transpose(3, 1, 0, 2)
@@ -99,8 +99,8 @@ def diagonals(kernel: jax.Array, length: int) -> jax.Array:
     chunks = kernel.reshape(*kernel.shape[:2], length, kernel.shape[2] // length)
     # What lies above the main diagonal reaches back into the chunk before.
     chunks = jnp.concatenate([chunks, jnp.roll(chunks, 1, axis=2)], axis=3)
-    rotations = _tables(length)[1].astype(kernel.dtype)
-    return jnp.einsum("sqpf,oifn->sqopin", rotations, chunks, precision="highest")
+    table = rotations(length).astype(kernel.dtype)
+    return jnp.einsum("sqpf,oifn->sqopin", table, chunks, precision="highest")
 
 
 def _transform(x: jax.Array, block: int, length: int) -> jax.Array:
@@ -108,28 +108,43 @@ def _transform(x: jax.Array, block: int, length: int) -> jax.Array:
     tokens = x.shape[0]
     blocks, size = x.shape[1] // block, block // length
     x = x.reshape(tokens, blocks, length, size).transpose(2, 1, 3, 0)
-    table = _tables(length)[0].astype(x.dtype)
+    table = _table(length).astype(x.dtype)
     x = table.reshape(-1, length) @ x.reshape(length, blocks * size * tokens)
     return x.reshape(len(table), 2 * blocks * size, tokens)
 
 
 @lru_cache
-def _tables(length: int) -> tuple[np.ndarray, np.ndarray]:
-    """The real DFT as an orthogonal table, and what it makes of a circular shift.
+def _table(length: int) -> np.ndarray:
+    """The real DFT as an orthogonal table.
 
     Returns:
         `(pairs, 2, length)`: rows are the real and imaginary part of one frequency; the first
         pair holds the two real frequencies, 0 and length / 2 (nothing where length is odd).
+    """
+    cos, sin = _cos_sin(length)
+    table = np.stack([cos, -sin], axis=1) * np.sqrt(2 / length)
+    table[0] = np.stack([np.ones(length), _alternating(length)]) / np.sqrt(length)
+    return table
+
+
+@lru_cache
+def rotations(length: int) -> np.ndarray:
+    """What the real DFT makes of a circular shift.
+
+    Returns:
         `(pairs, 2, 2, length)`: the matrix that each pair multiplies by in a shift by 0, 1, ...
     """
-    pairs = (length + 1) // 2
-    shifts = np.arange(length)
-    angles = 2 * np.pi * np.outer(np.arange(pairs), shifts) / length
-    cos, sin = np.cos(angles), np.sin(angles)
-    table = np.stack([cos, -sin], axis=1) * np.sqrt(2 / length)
-    rotations = np.stack([np.stack([cos, sin], axis=1), np.stack([-sin, cos], axis=1)], axis=1)
-    alternating = (-1.0) ** shifts if length % 2 == 0 else np.zeros(length)
-    table[0] = np.stack([np.ones(length), alternating]) / np.sqrt(length)
-    rotations[0] = 0.0
-    rotations[0, 0, 0], rotations[0, 1, 1] = 1.0, alternating
-    return table, rotations
+    cos, sin = _cos_sin(length)
+    matrices = np.stack([np.stack([cos, sin], axis=1), np.stack([-sin, cos], axis=1)], axis=1)
+    matrices[0] = 0.0
+    matrices[0, 0, 0], matrices[0, 1, 1] = 1.0, _alternating(length)
+    return matrices
+
+
+def _cos_sin(length: int) -> tuple[np.ndarray, np.ndarray]:
+    angles = 2 * np.pi * np.outer(np.arange((length + 1) // 2), np.arange(length)) / length
+    return np.cos(angles), np.sin(angles)
+
+
+def _alternating(length: int) -> np.ndarray:
+    return (-1.0) ** np.arange(length) if length % 2 == 0 else np.zeros(length)

@@ -51,22 +51,59 @@ def fitted_product(
         `(..., out_features)`, in the dtype of `x`.
     """
     out_blocks, in_blocks, block = kernel.shape
-    arguments = {
+    factors = {
         "left": _padded(left, out_blocks * block),
         "kernel": kernel,
         "right": _padded(right, in_blocks * block),
-        "x": _padded(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), in_blocks * block),
     }
+    return _bind(factors, x, ("x", in_blocks * block), ("g", out_blocks * block), strategy)[
+        ..., :out_features
+    ]
+
+
+def transposed_product(
+    kernel: jax.Array, x: jax.Array, out_features: int, *, strategy: str | None = None
+) -> jax.Array:
+    """The product with the transpose of `B(kernel)`, cut likewise.
+
+    Args:
+        kernel: first columns, `(in_blocks, out_blocks, block)`.
+        x: as in `fitted_product`.
+        out_features: as in `fitted_product`.
+        strategy: as in `fitted_product`.
+
+    Returns:
+        As `fitted_product`.
+    """
+    in_blocks, out_blocks, block = kernel.shape
+    factors = {"kernel": kernel}
+    return _bind(factors, x, ("g", in_blocks * block), ("x", out_blocks * block), strategy)[
+        ..., :out_features
+    ]
+
+
+def _bind(
+    factors: dict[str, jax.Array | None],
+    vectors: jax.Array,
+    read: tuple[str, int],
+    written: tuple[str, int],
+    strategy: str | None,
+) -> jax.Array:
+    """The form's gradient with respect to one side's vectors, from those of the other."""
+    (name, size), (wrt, out_size) = read, written
+    tokens = math.prod(vectors.shape[:-1])
+    flat = _padded(vectors.reshape(tokens, vectors.shape[-1]), size)
+    arguments = {**factors, name: flat}
     arguments = {name: array for name, array in arguments.items() if array is not None}
     y = _form_p.bind(
         *arguments.values(),
         names=tuple(arguments),
-        wrt="g",
-        shape=(arguments["x"].shape[0], out_blocks * block),
-        dtype=x.dtype,
+        wrt=wrt,
+        shape=(tokens, out_size),
+        dtype=vectors.dtype,
         strategy=strategy,
     )
-    return y[:, :out_features].reshape(*x.shape[:-1], out_features)
+    return y.reshape(*vectors.shape[:-1], out_size)
 
 
 def _padded(array: jax.Array | None, size: int) -> jax.Array | None:
@@ -267,10 +304,10 @@ def _fused_gradient(product: Product, wrt: str, arguments: dict[str, jax.Array])
         case "g":
             return _fused.product(kernel, x, left, right, interpret=interpret)
         case "x":
-            return _fused.product(transpose(kernel), g, right, left, interpret=interpret)
+            return _fused.product(kernel, g, right, left, transposed=True, interpret=interpret)
         case "kernel":
             return _fused.correlation(x, g, product.block, left, right, interpret=interpret)
         case "left":
             return _fused.inner_product(kernel, x, g, right, interpret=interpret)
         case "right":
-            return _fused.inner_product(transpose(kernel), g, x, left, interpret=interpret)
+            return _fused.inner_product(kernel, g, x, left, transposed=True, interpret=interpret)

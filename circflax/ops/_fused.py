@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from circflax.ops._choice import LANES
-from circflax.ops._dft import diagonals
+from circflax.ops._dft import rotations
 
 # A tile of tokens has as many as this, and with both sides as many numbers as this, at most.
 _TOKENS = 256
@@ -31,6 +31,7 @@ def product(
     left: jax.Array | None,
     right: jax.Array | None,
     *,
+    transposed: bool = False,
     interpret: bool,
 ) -> jax.Array:
     """`diag(left) B(kernel) diag(right) x`.
@@ -40,26 +41,29 @@ def product(
         x: `(tokens, in_blocks * block)`.
         left: `(out_blocks * block,)`, or None for ones.
         right: `(in_blocks * block,)`, or None for ones.
+        transposed: whether to multiply by the transpose of `B(kernel)`; outputs and inputs above
+            are then those of the transpose.
         interpret: whether to run the kernel without a TPU, slowly.
 
     Returns:
         `(tokens, out_blocks * block)`, in the dtype of `x`.
     """
-    out_features = kernel.shape[0] * kernel.shape[2]
+    block = kernel.shape[2]
+    out_features = kernel.shape[1 if transposed else 0] * block
 
-    def body(left, right, diagonals, x, y, weights):
-        _expand_at_first(diagonals, weights)
-        spectra = _spectra(x, right, kernel.shape[2])
-        for lanes, column in _columns_of_product(spectra, weights, kernel.shape, x.dtype):
+    def body(left, right, turns, chunks, x, y, weights, diagonals):
+        _expand_at_first(turns, chunks, diagonals, weights, transposed)
+        spectra = _spectra(x, right, block)
+        for lanes, column in _columns_of_product(spectra, weights, block, x.dtype):
             y[:, lanes] = (column * left[:, lanes]).astype(y.dtype)
 
     return _call(
         "product",
         body,
-        [_row(left, out_features), _row(right, x.shape[1]), _diagonals(kernel)],
+        [_row(left, out_features), _row(right, x.shape[1]), _turns(block), _chunks(kernel)],
         [x],
         jax.ShapeDtypeStruct((x.shape[0], out_features), x.dtype),
-        pltpu.VMEM(_weights_shape(kernel.shape), x.dtype),
+        _scratch(kernel.shape, x.dtype, transposed),
         interpret,
     )
 
@@ -70,6 +74,7 @@ def inner_product(
     g: jax.Array,
     right: jax.Array | None,
     *,
+    transposed: bool = False,
     interpret: bool,
 ) -> jax.Array:
     """The sum over the tokens of `g * (B(kernel) diag(right) x)`.
@@ -79,27 +84,30 @@ def inner_product(
         x: `(tokens, in_blocks * block)`.
         g: `(tokens, out_blocks * block)`.
         right: `(in_blocks * block,)`, or None for ones.
+        transposed: as in `product`.
         interpret: whether to run the kernel without a TPU, slowly.
 
     Returns:
         `(out_blocks * block,)`, in float32.
     """
+    block = kernel.shape[2]
 
-    def body(right, diagonals, x, g, sums, weights):
+    def body(right, turns, chunks, x, g, sums, weights, diagonals):
         _zero_at_first(sums)
-        _expand_at_first(diagonals, weights)
-        spectra = _spectra(x, right, kernel.shape[2])
-        for lanes, column in _columns_of_product(spectra, weights, kernel.shape, x.dtype):
+        _expand_at_first(turns, chunks, diagonals, weights, transposed)
+        spectra = _spectra(x, right, block)
+        for lanes, column in _columns_of_product(spectra, weights, block, x.dtype):
             sums[:, lanes] += jnp.sum(column * g[:, lanes], axis=0, keepdims=True)
 
     sums = _call(
         "inner_product",
         body,
-        [_row(right, x.shape[1]), _diagonals(kernel)],
+        [_row(right, x.shape[1]), _turns(block), _chunks(kernel)],
         [x, g],
         jax.ShapeDtypeStruct((1, g.shape[1]), jnp.float32),
-        pltpu.VMEM(_weights_shape(kernel.shape), x.dtype),
+        _scratch(kernel.shape, x.dtype, transposed),
         interpret,
+        summed=True,
     )
     return sums[0]
 
@@ -126,10 +134,9 @@ def correlation(
     Returns:
         `(out_blocks, in_blocks, block)`, in float32.
     """
-    kernel = jax.ShapeDtypeStruct((g.shape[1] // block, x.shape[1] // block, block), jnp.float32)
-    shapes = jax.eval_shape(_diagonals, kernel)
+    shape = g.shape[1] // block, x.shape[1] // block, block
 
-    def body(left, right, x, g, sums, products):
+    def body(left, right, turns, x, g, sums, products, diagonals):
         _zero_at_first(products)
         pairs = zip(_spectra(x, right, block), _spectra(g, left, block), strict=True)
         for s, (columns, rows) in enumerate(pairs):
@@ -139,19 +146,19 @@ def correlation(
                 (((0,), (0,)), ((), ())),
                 preferred_element_type=jnp.float32,
             )
-        _sum_at_last(products, sums)
+        _sum_at_last(turns, products, diagonals, sums)
 
     sums = _call(
         "correlation",
         body,
-        [_row(left, g.shape[1]), _row(right, x.shape[1])],
+        [_row(left, g.shape[1]), _row(right, x.shape[1]), _turns(block)],
         [x, g],
-        shapes,
-        pltpu.VMEM(_weights_shape(kernel.shape), jnp.float32),
+        jax.eval_shape(_chunks, jax.ShapeDtypeStruct(shape, jnp.float32)),
+        _scratch(shape, jnp.float32, transposed=False),
         interpret,
+        summed=True,
     )
-    (gradient,) = jax.linear_transpose(_diagonals, kernel)(sums)
-    return gradient
+    return sums.reshape(shape)
 
 
 def _call(
@@ -160,12 +167,13 @@ def _call(
     whole: Sequence[jax.Array],
     tokens: Sequence[jax.Array],
     out: jax.ShapeDtypeStruct,
-    scratch: Any,
+    scratch: Sequence[Any],
     interpret: bool,
+    *,
+    summed: bool = False,
 ) -> jax.Array:
-    """Runs `body` on all of `whole` and a tile of `tokens` at a time."""
+    """Runs `body` on all of `whole` and a tile of `tokens` at a time, or sums over the tiles."""
     count = tokens[0].shape[0]
-    summed = out.shape[0] != count
     tile = tile_size(count, *(array.shape[1] for array in (tokens if summed else [*tokens, out])))
     tiles = [pl.BlockSpec((tile, array.shape[1]), lambda i: (i, 0)) for array in tokens]
     every = [pl.BlockSpec(array.shape, lambda i, n=array.ndim: (0,) * n) for array in whole]
@@ -179,7 +187,7 @@ def _call(
         grid=(count // tile,),
         in_specs=[*every, *tiles],
         out_specs=out_spec,
-        scratch_shapes=[scratch],
+        scratch_shapes=scratch,
         compiler_params=pltpu.CompilerParams(vmem_limit_bytes=_VMEM_BYTES),
         interpret=interpret,
         name=f"circulant_{name}",
@@ -204,59 +212,111 @@ def _row(scale: jax.Array | None, size: int) -> jax.Array:
     return jnp.ones((1, size), jnp.float32) if scale is None else scale[None].astype(jnp.float32)
 
 
-def _diagonals(kernel: jax.Array) -> jax.Array:
-    """The diagonals of all Toeplitz matrices, `(matrices, 2 * LANES)`, scaled for the network."""
-    count = kernel.shape[2] // LANES
-    # Its two passes give length / 2 times what orthogonal tables do, and length for the first pair.
-    scale = np.where(np.arange(count // 2) == 0, 1, 2) / count
-    scale = scale.astype(kernel.dtype).reshape(-1, 1, 1, 1, 1, 1)
-    return (diagonals(kernel, count) * scale).reshape(-1, 2 * LANES)
+def _chunks(kernel: jax.Array) -> jax.Array:
+    """The kernel as it lies in memory, `LANES` numbers a row: `(blocks, length, LANES)`."""
+    out_blocks, in_blocks, block = kernel.shape
+    chunks = kernel.reshape(out_blocks * in_blocks, block // LANES, LANES)
+    return chunks.astype(jnp.float32)
 
 
-def _weights_shape(kernel_shape: tuple[int, int, int]) -> tuple[int, int, int]:
-    """What the spectra multiply with: for each pair from (part, block, lane) to the same."""
+def _turns(block: int) -> np.ndarray:
+    """What makes the diagonals of a block's Toeplitz matrices of its chunks.
+
+    Returns:
+        `(2, matrices, length)`: those from the main diagonal down, and those above it, which reach
+        back into the chunk before; the matrices in the order pair, part to, part from.
+    """
+    length = block // LANES
+    # The network's two passes give length / 2 times what orthogonal tables do, and length for the
+    # first pair.
+    scale = np.where(np.arange(length // 2) == 0, 1, 2) / length
+    turns = (rotations(length) * scale[:, None, None, None]).reshape(-1, length)
+    return np.stack([turns, np.roll(turns, -1, axis=1)]).astype(np.float32)
+
+
+def _scratch(kernel_shape: tuple[int, int, int], dtype: Any, transposed: bool) -> list[Any]:
+    """Room for what the spectra multiply with, and for the diagonals of one block's matrices.
+
+    The first holds for each pair a matrix from (part, block, lane) to the same.
+    """
     out_blocks, in_blocks, block = kernel_shape
-    return block // (2 * LANES), 2 * in_blocks * LANES, 2 * out_blocks * LANES
+    if transposed:
+        out_blocks, in_blocks = in_blocks, out_blocks
+    pairs = block // (2 * LANES)
+    weights = pairs, 2 * in_blocks * LANES, 2 * out_blocks * LANES
+    return [pltpu.VMEM(weights, dtype), pltpu.VMEM((4 * pairs, 2 * LANES), jnp.float32)]
 
 
-def _expand_at_first(diagonals, weights) -> None:
-    """Makes Toeplitz matrices of their diagonals: row n is rolled by n."""
+def _expand_at_first(turns, chunks, diagonals, weights, transposed: bool) -> None:
+    """Makes Toeplitz matrices of the kernel: row n is their diagonals rolled by n."""
 
-    def expand(i: jax.Array, tile: tuple) -> None:
-        rows = jnp.broadcast_to(diagonals[pl.ds(i, 1), :], (LANES, 2 * LANES))
-        rows = pltpu.roll(rows, 0, 1, stride=1, stride_axis=0)
-        weights[tile] = rows[:, :LANES].astype(weights.dtype)
+    def block(i: jax.Array, tiles: Callable[[jax.Array], tuple]) -> None:
+        for half in range(2):
+            diagonals[:, half * LANES : (half + 1) * LANES] = jnp.dot(
+                turns[half], chunks[i], precision="highest"
+            )
 
-    pl.when(pl.program_id(0) == 0)(lambda: _for_tiles(weights.shape, expand))
+        @pl.loop(0, diagonals.shape[0])
+        def _(n):
+            rows = jnp.broadcast_to(diagonals[pl.ds(n, 1), :], (LANES, 2 * LANES))
+            rows = pltpu.roll(rows, 0, 1, stride=1, stride_axis=0)[:, :LANES]
+            weights[tiles(n)] = (rows.T if transposed else rows).astype(weights.dtype)
 
-
-def _sum_at_last(products, sums) -> None:
-    """Sums the diagonals of matrices: row n is rolled back by n."""
-
-    def reduce(i: jax.Array, tile: tuple) -> None:
-        # The hardware rolls later rows further, by no less than 0: upside down they fit that.
-        row, column = (jax.lax.broadcasted_iota(jnp.int32, (LANES, LANES), n) for n in (0, 1))
-        flip = (row + column == LANES - 1).astype(jnp.float32)
-        rows = jnp.dot(flip, products[tile], precision="highest")
-        rows = jnp.concatenate([rows, jnp.zeros_like(rows)], axis=1)
-        rows = pltpu.roll(rows, LANES + 1, 1, stride=1, stride_axis=0)
-        sums[pl.ds(i, 1), :] = jnp.sum(rows, axis=0, keepdims=True)
-
-    last = pl.num_programs(0) - 1
-    pl.when(pl.program_id(0) == last)(lambda: _for_tiles(products.shape, reduce))
+    first = pl.program_id(0) == 0
+    pl.when(first)(lambda: _for_blocks(weights.shape, block, transposed))
 
 
-def _for_tiles(shape: tuple[int, int, int], body: Callable[[jax.Array, tuple], None]) -> None:
-    """Runs `body` on each Toeplitz matrix: its place among the diagonals and in the weights."""
-    rows, columns = shape[1] // LANES, shape[2] // LANES
+def _sum_at_last(turns, products, diagonals, sums) -> None:
+    """Sums the diagonals of matrices, row n rolled back by n, and makes a kernel of them."""
 
-    @pl.loop(0, shape[0] * rows * columns)
+    def block(i: jax.Array, tiles: Callable[[jax.Array], tuple]) -> None:
+        @pl.loop(0, diagonals.shape[0])
+        def _(n):
+            # The hardware rolls later rows further, by no less than 0: upside down they fit that.
+            row, column = (jax.lax.broadcasted_iota(jnp.int32, (LANES, LANES), n) for n in (0, 1))
+            flip = (row + column == LANES - 1).astype(jnp.float32)
+            rows = jnp.dot(flip, products[tiles(n)], precision="highest")
+            rows = jnp.concatenate([rows, jnp.zeros_like(rows)], axis=1)
+            rows = pltpu.roll(rows, LANES + 1, 1, stride=1, stride_axis=0)
+            diagonals[pl.ds(n, 1), :] = jnp.sum(rows, axis=0, keepdims=True)
+
+        sums[i] = sum(
+            jax.lax.dot_general(
+                turns[half],
+                diagonals[:, half * LANES : (half + 1) * LANES],
+                (((0,), (0,)), ((), ())),
+                precision="highest",
+            )
+            for half in range(2)
+        )
+
+    last = pl.program_id(0) == pl.num_programs(0) - 1
+    pl.when(last)(lambda: _for_blocks(products.shape, block, transposed=False))
+
+
+def _for_blocks(
+    shape: tuple[int, int, int],
+    body: Callable[[jax.Array, Callable[[jax.Array], tuple]], None],
+    transposed: bool,
+) -> None:
+    """Runs `body` on each block of the kernel, with the places of its matrices in the weights."""
+    rows, columns = (size // (2 * LANES) for size in shape[1:])
+    in_blocks = columns if transposed else rows
+
+    @pl.loop(0, rows * columns)
     def _(i):
         # Not // and %: with signs to look at they do not lower for a TPU that isn't there.
-        place, row = jax.lax.div(i, rows), jax.lax.rem(i, rows)
-        pair, column = jax.lax.div(place, columns), jax.lax.rem(place, columns)
-        lanes = [pl.ds(pl.multiple_of(n * LANES, LANES), LANES) for n in (row, column)]
-        body(i, (pair, *lanes))
+        out, into = jax.lax.div(i, in_blocks), jax.lax.rem(i, in_blocks)
+
+        def tile(n: jax.Array) -> tuple:
+            to, origin = jax.lax.rem(jax.lax.div(n, 2), 2), jax.lax.rem(n, 2)
+            row, column = origin * in_blocks + into, to * (rows * columns // in_blocks) + out
+            if transposed:
+                row, column = column, row
+            lanes = [pl.ds(pl.multiple_of(k * LANES, LANES), LANES) for k in (row, column)]
+            return jax.lax.div(n, 4), *lanes
+
+        body(i, tile)
 
 
 def _spectra(x, scale, block: int) -> list[jax.Array]:
@@ -271,14 +331,10 @@ def _spectra(x, scale, block: int) -> list[jax.Array]:
 
 
 def _columns_of_product(
-    spectra: Sequence[jax.Array],
-    weights,
-    kernel_shape: tuple[int, int, int],
-    dtype: jnp.dtype,
+    spectra: Sequence[jax.Array], weights, block: int, dtype: jnp.dtype
 ) -> Iterator[tuple[slice, jax.Array]]:
     """The product of a tile, `LANES` of its features at a time."""
-    out_blocks, _, block = kernel_shape
-    count = block // LANES
+    out_blocks, count = weights.shape[2] // (2 * LANES), block // LANES
     pairs = [
         jnp.dot(spectrum.astype(dtype), weights[s], preferred_element_type=jnp.float32)
         for s, spectrum in enumerate(spectra)

@@ -40,6 +40,10 @@ def test_kernels_are_the_dense_products(shape) -> None:
     assert_close(y, (x * right) @ matrix.T * left, 3e-6)
     sums = _fused.inner_product(a["kernel"], a["x"], a["g"], a["right"], interpret=True)
     assert_close(sums, np.sum(g * ((x * right) @ matrix.T), axis=0), 3e-6)
+    turned = partial(_fused.product, transposed=True, interpret=True)
+    assert_close(
+        turned(a["kernel"], a["g"], a["right"], a["left"]), (g * left) @ matrix * right, 3e-6
+    )
     block = a["kernel"].shape[2]
     gradient = _fused.correlation(a["x"], a["g"], block, a["left"], a["right"], interpret=True)
     outer = (g * left).T @ (x * right)
