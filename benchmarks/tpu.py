@@ -96,16 +96,22 @@ def _kernel_cycles(program: Program, chip: str) -> float:
     cycles = 0.0
     for kernel in program.kernels:
         name = re.match(r"circulant_([a-z_]+)", kernel.name)[1]
-        shapes = [(array.dtype, array.shape) for array in kernel.arrays if array.shape]
-        tokens = next(sizes[0] for kind, sizes in shapes if kind == "bf16")
-        widths = [sizes[1] for kind, sizes in shapes if kind == "bf16"]
-        length = next(sizes[2] for kind, sizes in shapes if len(sizes) == 3 and sizes[0] == 2)
+        written, read = (
+            [array.shape for array in arrays if array.dtype == "bf16"]
+            for arrays in (kernel.results, kernel.operands)
+        )
+        shapes = [array.shape for array in kernel.operands]
+        length = next(shape[2] for shape in shapes if shape == (2, 2 * shape[-1], shape[-1]))
         block = length * _fused.LANES
-        matrices = 2 * length * (widths[0] // block) * (widths[1] // block)
-        # The product's result comes before its operand, the other kernels' x before g.
-        out_features, in_features = widths if name == "product" else reversed(widths)
+        if name == "product":
+            out_features, in_features = (sum(width for _, width in of) for of in (written, read))
+        else:
+            # x comes before g, and is not divided.
+            in_features, out_features = read[0][1], sum(width for _, width in read[1:])
+        tokens = read[0][0]
+        matrices = 2 * length * (out_features // block) * (in_features // block)
         schedule = _schedule(chip, name, tokens, out_features, in_features, block)
-        steps = tokens // _fused.tile_size(tokens, *widths)
+        steps = tokens // _fused.tile_size(tokens, out_features, in_features)
         figures = topology.CHIPS[chip]
         cycles += kernel.times * max(
             steps * schedule + matrices * _BUNDLES_OF_LOOP,
@@ -147,19 +153,15 @@ def _compile_kernel(
     c = jax.ShapeDtypeStruct((out_features // block, in_features // block, block), jnp.float32)
     left, right = (jax.ShapeDtypeStruct((n,), jnp.float32) for n in (out_features, in_features))
     x, g = (jax.ShapeDtypeStruct((tokens, n), jnp.bfloat16) for n in (in_features, out_features))
+    how = {"interpret": False}
     functions = {
-        "product": (_fused.product, (c, x, left, right)),
-        "inner_product": (_fused.inner_product, (c, x, g, right)),
-        "correlation": (_correlation(block), (x, g, left, right)),
+        "product": lambda c, x, g, *sides: _fused.product(c, [x], [out_features], *sides, **how),
+        "inner_product": lambda c, x, g, left, *side: _fused.inner_product(
+            c, [x], [g], *side, **how
+        ),
+        "correlation": lambda c, x, g, *sides: _fused.correlation([x], [g], block, *sides, **how),
     }
-    function, arguments = functions[kernel]
-    compile_for(chip, partial(function, interpret=False), arguments)
-
-
-def _correlation(block: int) -> Callable[..., Any]:
-    from circflax.ops import _fused
-
-    return lambda x, g, left, right, **how: _fused.correlation(x, g, block, left, right, **how)
+    compile_for(chip, functions[kernel], (c, x, g, left, right))
 
 
 def grid(quick: bool) -> list[Record]:

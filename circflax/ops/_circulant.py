@@ -1,11 +1,9 @@
 """Products of circulant and block-circulant matrices with batches of vectors."""
 
-import itertools
 from collections.abc import Sequence
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 
 from circflax.ops._checks import (
     Convention,
@@ -15,7 +13,7 @@ from circflax.ops._checks import (
     check_vector,
 )
 from circflax.ops._choice import Strategy, resolve_strategy
-from circflax.ops._form import fitted_product, transposed_product
+from circflax.ops._form import stacked_products
 
 
 def circulant_product(
@@ -110,26 +108,10 @@ def block_circulant_product(
         >>> ops.block_circulant_product(kernel, jnp.ones((5, 8))).shape
         (5, 12)
     """
-    check_convention(convention)
-    strategy = resolve_strategy(strategy)
-    check_floating(kernel=kernel, x=x)
     check_kernel(kernel)
-    out_blocks, in_blocks, block = kernel.shape
-    if x.ndim < 1 or -(-x.shape[-1] // block) != in_blocks:
-        raise ValueError(
-            f"a kernel of shape (out_blocks, in_blocks, block) = {kernel.shape} multiplies"
-            f" vectors of length in_blocks * block = {in_blocks * block}, but `x` has shape"
-            f" {x.shape}."
-        )
-    if out_features is None:
-        out_features = out_blocks * block
-    elif -(-out_features // block) != out_blocks:
-        raise ValueError(
-            f"a kernel of shape (out_blocks, in_blocks, block) = {kernel.shape} has"
-            f" out_blocks * block = {out_blocks * block} rows, which does not fit"
-            f" `out_features` = {out_features}."
-        )
-    return _product(kernel, x, convention, out_features, strategy)
+    size = kernel.shape[0] * kernel.shape[2] if out_features is None else out_features
+    (y,) = block_circulant_products([kernel], x, [size], convention=convention, strategy=strategy)
+    return y
 
 
 def block_circulant_products(
@@ -176,34 +158,38 @@ def block_circulant_products(
             )
             for kernel, size in zip(kernels, out_features, strict=True)
         ]
-    block = kernels[0].shape[2]
-    rows = [kernel.shape[0] * block for kernel in kernels]
-    if len(kernels) == 1:
-        rows = list(out_features)
-    y = block_circulant_product(
-        jnp.concatenate(kernels),
-        x,
-        convention=convention,
-        out_features=sum(rows),
-        strategy=strategy,
-    )
-    # Gradients of parts of a split are joined again; those of slices are padded and added.
-    ends = list(itertools.accumulate(rows))[:-1]
-    parts = jnp.split(y, ends, axis=-1)
-    return [part[..., :size] for part, size in zip(parts, out_features, strict=True)]
+    check_convention(convention)
+    strategy = resolve_strategy(strategy)
+    for kernel, size in zip(kernels, out_features, strict=True):
+        _check_sizes(kernel, x, size)
+    return _products(list(kernels), x, convention, tuple(out_features), strategy)
+
+
+def _check_sizes(kernel: jax.Array, x: jax.Array, out_features: int) -> None:
+    check_floating(kernel=kernel, x=x)
+    out_blocks, in_blocks, block = kernel.shape
+    if x.ndim < 1 or -(-x.shape[-1] // block) != in_blocks:
+        raise ValueError(
+            f"a kernel of shape (out_blocks, in_blocks, block) = {kernel.shape} multiplies"
+            f" vectors of length in_blocks * block = {in_blocks * block}, but `x` has shape"
+            f" {x.shape}."
+        )
+    if -(-out_features // block) != out_blocks:
+        raise ValueError(
+            f"a kernel of shape (out_blocks, in_blocks, block) = {kernel.shape} has"
+            f" out_blocks * block = {out_blocks * block} rows, which does not fit"
+            f" `out_features` = {out_features}."
+        )
 
 
 @partial(jax.jit, static_argnums=(2, 3, 4))
 # Without a barrier before the backward pass XLA keeps what both passes compute from x.
 @partial(jax.checkpoint, static_argnums=(2, 3, 4))
-def _product(
-    kernel: jax.Array,
+def _products(
+    kernels: list[jax.Array],
     x: jax.Array,
     convention: Convention,
-    out_features: int,
+    out_features: tuple[int, ...],
     strategy: Strategy | None,
-) -> jax.Array:
-    if convention == "row":
-        # Blocks given by their rows are those given by their columns, transposed.
-        return transposed_product(kernel.swapaxes(0, 1), x, out_features, strategy=strategy)
-    return fitted_product(kernel, x, out_features, strategy=strategy)
+) -> list[jax.Array]:
+    return stacked_products(kernels, x, out_features, convention, strategy)

@@ -76,7 +76,7 @@ def _product(
         return (x * diagonals[0]).astype(x.dtype)
     right = diagonals[0]
     for kernel, left in zip(kernels, diagonals[1:], strict=True):
-        x = fitted_product(kernel, x, left.size, left=left, right=right, strategy=strategy)
+        x = fitted_product(kernel, x, left, right, strategy)
         right = None
     return x
 

@@ -7,11 +7,14 @@ Every product here, and each of its derivatives, is a gradient of one scalar,
 with respect to one of its five arguments, each of which it is linear in: the gradient with respect
 to `g` is the product, to `x` the transposed product, to `kernel`, `left` and `right` what training
 needs. The derivative of one is another, so that one rule serves both modes to any order, and
-nothing but the arguments is kept for the backward pass. How a gradient is computed is chosen where
-it is lowered, when shapes, dtype and platform are known.
+nothing but the arguments is kept for the backward pass. Vectors may be in parts, side by side: so
+matrices that read the same vectors share what is computed of them. How a gradient is computed is
+chosen where it is lowered, when shapes, dtype and platform are known.
 """
 
+import itertools
 import math
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,29 +24,29 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from circflax.ops import _dense, _dft, _fft, _fused
+from circflax.ops._checks import Convention
 from circflax.ops._choice import Form, Product, choose_form
 from circflax.ops._matrix import transpose
 
 # Arguments in the order of the formula, right to left, with their ranks.
 _RANKS = {"left": 1, "kernel": 3, "right": 1, "x": 2, "g": 2}
+# Which axis of the kernel runs along the blocks of these.
+_KERNEL_AXES = {"g": 0, "x": 1}
 
 
 def fitted_product(
     kernel: jax.Array,
     x: jax.Array,
-    out_features: int,
-    *,
-    left: jax.Array | None = None,
-    right: jax.Array | None = None,
-    strategy: str | None = None,
+    left: jax.Array,
+    right: jax.Array | None,
+    strategy: str | None,
 ) -> jax.Array:
     """`diag(left) B(kernel) diag(right) x`, the matrix cut to the sizes of its neighbours.
 
     Args:
         kernel: first columns, `(out_blocks, in_blocks, block)`.
         x: `(..., in_features)`, with `in_features` at most `in_blocks * block`.
-        out_features: at most `out_blocks * block`.
-        left: `(out_features,)`, or None for ones.
+        left: `(out_features,)`, with `out_features` at most `out_blocks * block`.
         right: `(in_features,)`, or None for ones.
         strategy: how to compute it and its derivatives, or None for what `choose_form` chooses.
 
@@ -51,135 +54,168 @@ def fitted_product(
         `(..., out_features)`, in the dtype of `x`.
     """
     out_blocks, in_blocks, block = kernel.shape
-    factors = {
-        "left": _padded(left, out_blocks * block),
-        "kernel": kernel,
-        "right": _padded(right, in_blocks * block),
-    }
-    return _bind(factors, x, ("x", in_blocks * block), ("g", out_blocks * block), strategy)[
-        ..., :out_features
-    ]
+    factors = {"left": _padded(left, out_blocks * block), "kernel": kernel}
+    if right is not None:
+        factors["right"] = _padded(right, in_blocks * block)
+    (y,) = _apply(factors, x, "x", (out_blocks * block,), strategy)
+    return y[..., : left.size]
 
 
-def transposed_product(
-    kernel: jax.Array, x: jax.Array, out_features: int, *, strategy: str | None = None
-) -> jax.Array:
-    """The product with the transpose of `B(kernel)`, cut likewise.
+def stacked_products(
+    kernels: Sequence[jax.Array],
+    x: jax.Array,
+    out_features: Sequence[int],
+    convention: Convention,
+    strategy: str | None,
+) -> list[jax.Array]:
+    """The products of several block-circulant matrices with the same vectors.
 
     Args:
-        kernel: first columns, `(in_blocks, out_blocks, block)`.
-        x: as in `fitted_product`.
-        out_features: as in `fitted_product`.
+        kernels: each `(out_blocks, in_blocks, block)`, alike but for `out_blocks`.
+        x: `(..., in_features)`, with `in_features` at most `in_blocks * block`.
+        out_features: of each matrix, at most `out_blocks * block`.
+        convention: whether kernels hold first columns or first rows.
         strategy: as in `fitted_product`.
 
     Returns:
-        As `fitted_product`.
+        For each matrix `(..., out_features)`, in the dtype of `x`.
     """
-    in_blocks, out_blocks, block = kernel.shape
-    factors = {"kernel": kernel}
-    return _bind(factors, x, ("g", in_blocks * block), ("x", out_blocks * block), strategy)[
-        ..., :out_features
-    ]
+    kernel = jnp.concatenate(kernels)
+    rows = tuple(each.shape[0] * each.shape[2] for each in kernels)
+    if convention == "column":
+        ys = _apply({"kernel": kernel}, x, "x", rows, strategy)
+    else:
+        # Blocks given by their rows are those given by their columns, transposed.
+        ys = _apply({"kernel": kernel.swapaxes(0, 1)}, x, "g", rows, strategy)
+    return [y[..., :size] for y, size in zip(ys, out_features, strict=True)]
 
 
-def _bind(
-    factors: dict[str, jax.Array | None],
+def _apply(
+    factors: dict[str, jax.Array],
     vectors: jax.Array,
-    read: tuple[str, int],
-    written: tuple[str, int],
+    side: str,
+    sizes: tuple[int, ...],
     strategy: str | None,
-) -> jax.Array:
-    """The form's gradient with respect to one side's vectors, from those of the other."""
-    (name, size), (wrt, out_size) = read, written
-    tokens = math.prod(vectors.shape[:-1])
-    flat = _padded(vectors.reshape(tokens, vectors.shape[-1]), size)
-    arguments = {**factors, name: flat}
-    arguments = {name: array for name, array in arguments.items() if array is not None}
-    y = _form_p.bind(
-        *arguments.values(),
-        names=tuple(arguments),
-        wrt=wrt,
-        shape=(tokens, out_size),
-        dtype=vectors.dtype,
-        strategy=strategy,
-    )
-    return y.reshape(*vectors.shape[:-1], out_size)
+) -> list[jax.Array]:
+    """What the factors make of vectors that stand on one side of them, in parts of these sizes."""
+    kernel = factors["kernel"]
+    flat = vectors.reshape(math.prod(vectors.shape[:-1]), vectors.shape[-1])
+    flat = _padded(flat, kernel.shape[_KERNEL_AXES[side]] * kernel.shape[2])
+    arguments = {name: [array] for name, array in factors.items()} | {side: [flat]}
+    shapes = tuple((flat.shape[0], size) for size in sizes)
+    ys = _bind(arguments, "g" if side == "x" else "x", shapes, vectors.dtype, strategy)
+    return [y.reshape(*vectors.shape[:-1], y.shape[-1]) for y in ys]
 
 
-def _padded(array: jax.Array | None, size: int) -> jax.Array | None:
-    if array is None or array.shape[-1] == size:
+def _padded(array: jax.Array, size: int) -> jax.Array:
+    if array.shape[-1] == size:
         return array
     return jnp.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, size - array.shape[-1])])
 
 
 _form_p = Primitive("circulant_form")
+_form_p.multiple_results = True
+
+
+def _bind(
+    arguments: Mapping[str, Sequence[Any]],
+    wrt: str,
+    shapes: tuple[tuple[int, ...], ...],
+    dtype: Any,
+    strategy: str | None,
+) -> list[jax.Array]:
+    """The gradient with respect to one argument, part by part, given the parts of the others."""
+    names, parts = zip(
+        *((name, part) for name in _RANKS for part in arguments.get(name, ())), strict=True
+    )
+    return _form_p.bind(*parts, names=names, wrt=wrt, shapes=shapes, dtype=dtype, strategy=strategy)
 
 
 @_form_p.def_abstract_eval
 def _abstract(
-    *operands: Any, names: tuple[str, ...], wrt: str, shape: tuple[int, ...], dtype: Any, **_: Any
-) -> Any:
+    *operands: Any, names: tuple[str, ...], wrt: str, shapes: tuple, dtype: Any, **_: Any
+) -> list[Any]:
     batch = operands[0].shape[: -_RANKS[names[0]]]
-    return jax.core.ShapedArray((*batch, *shape), dtype)
+    return [jax.core.ShapedArray((*batch, *shape), dtype) for shape in shapes]
 
 
 @_form_p.def_impl
-def _run(*operands: jax.Array, **params: Any) -> jax.Array:
+def _run(*operands: jax.Array, **params: Any) -> list[jax.Array]:
     backend = jax.default_backend()
     platform = "cuda" if backend == "gpu" else backend
     return _evaluate(platform, False, *operands, **params)
 
 
-def _jvp(primals: tuple, tangents: tuple, **params: Any) -> tuple:
-    bind = partial(_form_p.bind, **params)
-    terms = [
-        bind(*primals[:i], tangent, *primals[i + 1 :])
-        for i, tangent in enumerate(tangents)
-        if type(tangent) is not ad.Zero
-    ]
-    return bind(*primals), sum(terms[1:], terms[0])
+def _jvp(primals: tuple, tangents: tuple, *, names: tuple[str, ...], **params: Any) -> tuple:
+    bind = partial(_form_p.bind, names=names, **params)
+    terms = []
+    for name in dict.fromkeys(names):
+        # It is linear in an argument, that is, in all parts of it together.
+        own = [i for i in range(len(names)) if names[i] == name]
+        if any(type(tangents[i]) is not ad.Zero for i in own):
+            changed = {i: ad.instantiate_zeros(tangents[i]) for i in own}
+            terms.append(bind(*(changed.get(i, primal) for i, primal in enumerate(primals))))
+    return bind(*primals), [sum(parts[1:], parts[0]) for parts in zip(*terms, strict=True)]
 
 
 def _transpose(
-    cotangent: Any, *operands: Any, names: tuple[str, ...], wrt: str, strategy: Any, **_: Any
-) -> list:
-    i = next(i for i, operand in enumerate(operands) if ad.is_undefined_primal(operand))
-    aval = operands[i].aval
-    if type(cotangent) is ad.Zero:
-        gradient = ad.Zero(aval)
+    cotangents: Sequence[Any],
+    *operands: Any,
+    names: tuple[str, ...],
+    wrt: str,
+    strategy: Any,
+    **_: Any,
+) -> list[Any]:
+    unknown = [ad.is_undefined_primal(operand) for operand in operands]
+    sought = names[unknown.index(True)]
+    arguments: dict[str, list[Any]] = {}
+    for name, operand in zip(names, operands, strict=True):
+        arguments.setdefault(name, []).append(operand)
+    # Not each part of what is sought need be unknown.
+    avals = [
+        part.aval if ad.is_undefined_primal(part) else jax.typeof(part)
+        for part in arguments.pop(sought)
+    ]
+    if all(type(cotangent) is ad.Zero for cotangent in cotangents):
+        gradients = [ad.Zero(aval) for aval in avals]
     else:
-        arguments = {**dict(zip(names, operands, strict=True)), wrt: cotangent}
-        others = tuple(name for name in _RANKS if name in arguments and name != names[i])
-        gradient = _form_p.bind(
-            *(arguments[name] for name in others),
-            names=others,
-            wrt=names[i],
-            shape=aval.shape[len(aval.shape) - _RANKS[names[i]] :],
-            dtype=aval.dtype,
-            strategy=strategy,
-        )
-    return [gradient if j == i else None for j in range(len(operands))]
+        arguments[wrt] = [ad.instantiate_zeros(cotangent) for cotangent in cotangents]
+        shapes = tuple(aval.shape[aval.ndim - _RANKS[sought] :] for aval in avals)
+        gradients = _bind(arguments, sought, shapes, avals[0].dtype, strategy)
+    found = iter(gradients)
+    gradients = [next(found) if name == sought else None for name in names]
+    return [
+        gradient if is_unknown else None
+        for gradient, is_unknown in zip(gradients, unknown, strict=True)
+    ]
 
 
 def _batch(operands: tuple, axes: tuple, **params: Any) -> tuple:
-    names, wrt, shape = params["names"], params["wrt"], params["shape"]
+    names, wrt, shapes = params["names"], params["wrt"], params["shapes"]
     size = next(x.shape[axis] for x, axis in zip(operands, axes, strict=True) if axis is not None)
-    batched = [name for name, axis in zip(names, axes, strict=True) if axis is not None]
+    batched = {name for name, axis in zip(names, axes, strict=True) if axis is not None}
+    # Where vectors alone are batched, they are more tokens.
+    tokens = wrt in ("x", "g") and batched in ({"x"}, {"g"})
+    tokens = tokens and operands[0].ndim == _RANKS[names[0]]
     moved = [
-        x if axis is None else jnp.moveaxis(x, axis, 0)
-        for x, axis in zip(operands, axes, strict=True)
+        x if tokens and name not in batched else _leading(x, axis, size)
+        for name, x, axis in zip(names, operands, axes, strict=True)
     ]
-    if wrt in ("x", "g") and batched in (["x"], ["g"]) and operands[0].ndim == _RANKS[names[0]]:
-        # Only the tokens are batched: more tokens.
-        tokens = names.index(batched[0])
-        moved[tokens] = moved[tokens].reshape(size * shape[0], moved[tokens].shape[-1])
-        params["shape"] = (size * shape[0], shape[1])
-        return _form_p.bind(*moved, **params).reshape(size, *shape), 0
+    if not tokens:
+        return _form_p.bind(*moved, **params), [0] * len(shapes)
     moved = [
-        jnp.broadcast_to(x, (size, *x.shape)) if axis is None else x
-        for x, axis in zip(moved, axes, strict=True)
+        x.reshape(-1, x.shape[-1]) if name in batched else x
+        for name, x in zip(names, moved, strict=True)
     ]
-    return _form_p.bind(*moved, **params), 0
+    params["shapes"] = tuple((size * count, width) for count, width in shapes)
+    ys = _form_p.bind(*moved, **params)
+    ys = [y.reshape(size, *shape) for y, shape in zip(ys, shapes, strict=True)]
+    return ys, [0] * len(shapes)
+
+
+def _leading(x: jax.Array, axis: int | None, size: int) -> jax.Array:
+    """The array with the batch's axis first."""
+    return jnp.broadcast_to(x, (size, *x.shape)) if axis is None else jnp.moveaxis(x, axis, 0)
 
 
 ad.primitive_jvps[_form_p] = _jvp
@@ -193,33 +229,42 @@ def _evaluate(
     *operands: jax.Array,
     names: tuple[str, ...],
     wrt: str,
-    shape: tuple[int, ...],
+    shapes: tuple[tuple[int, ...], ...],
     dtype: Any,
     strategy: str | None,
-) -> jax.Array:
+) -> list[jax.Array]:
     if operands[0].ndim > _RANKS[names[0]]:
-        params = dict(names=names, wrt=wrt, shape=shape, dtype=dtype, strategy=strategy)
+        params = dict(names=names, wrt=wrt, shapes=shapes, dtype=dtype, strategy=strategy)
         # Kernels run one at a time: batches of them are left to XLA, as divided ones are.
         return jax.vmap(partial(_evaluate, platform, True, **params))(*operands)
-    arguments = dict(zip(names, operands, strict=True))
-    x, g = arguments.get("x"), arguments.get("g")
-    tokens, token_dtype = (g.shape[0], g.dtype) if x is None else (x.shape[0], x.dtype)
-    kernel_shape = shape if wrt == "kernel" else arguments["kernel"].shape
-    product = Product(tokens, *kernel_shape, jnp.dtype(token_dtype), platform, partitioned)
+    parts: dict[str, list[jax.Array]] = {}
+    for name, operand in zip(names, operands, strict=True):
+        parts.setdefault(name, []).append(operand)
+    tokens = parts.get("x") or parts["g"]
+    kernel_shape = shapes[0] if wrt == "kernel" else parts["kernel"][0].shape
+    product = Product(
+        tokens[0].shape[0], *kernel_shape, jnp.dtype(tokens[0].dtype), platform, partitioned
+    )
     form = choose_form(product, strategy)
-    match form.strategy:
-        case "dense":
+    if form.strategy == "fused":
+        gradients = _fused_gradients(product, wrt, parts, shapes)
+    else:
+        arguments = {
+            name: own[0] if len(own) == 1 else jnp.concatenate(own, axis=1)
+            for name, own in parts.items()
+        }
+        if form.strategy == "dense":
             gradient = _dense_gradient(product, wrt, arguments)
-        case "fused":
-            gradient = _fused_gradient(product, wrt, arguments)
-        case _:
+        else:
             gradient = _spectral_gradient(product, form, wrt, arguments)
-    return gradient.astype(dtype)
+        ends = list(itertools.accumulate(shape[-1] for shape in shapes))
+        gradients = jnp.split(gradient, ends[:-1], axis=-1)
+    return [gradient.astype(dtype) for gradient in gradients]
 
 
 def _lower(platform: str, context: Any, *operands: Any, **params: Any) -> Any:
     evaluate = partial(_evaluate, platform, _is_partitioned(context.module_context.axis_context))
-    return mlir.lower_fun(evaluate, multiple_results=False)(context, *operands, **params)
+    return mlir.lower_fun(evaluate, multiple_results=True)(context, *operands, **params)
 
 
 def _is_partitioned(context: Any) -> bool:
@@ -297,17 +342,24 @@ def _one(g: jax.Array) -> jax.Array:
     return jnp.where(first == first, jnp.ones_like(first), first)
 
 
-def _fused_gradient(product: Product, wrt: str, arguments: dict[str, jax.Array]) -> jax.Array:
-    left, kernel, right, x, g = (arguments.get(name) for name in _RANKS)
-    interpret = product.platform != "tpu"
+def _fused_gradients(
+    product: Product,
+    wrt: str,
+    parts: dict[str, list[jax.Array]],
+    shapes: tuple[tuple[int, ...], ...],
+) -> list[jax.Array]:
+    # A kernel reads and writes parts where they lie, where joining them would copy them.
+    xs, gs = parts.get("x"), parts.get("g")
+    left, kernel, right = (parts.get(name, [None])[0] for name in ("left", "kernel", "right"))
+    widths, how = [shape[-1] for shape in shapes], {"interpret": product.platform != "tpu"}
     match wrt:
         case "g":
-            return _fused.product(kernel, x, left, right, interpret=interpret)
+            return _fused.product(kernel, xs, widths, left, right, **how)
         case "x":
-            return _fused.product(kernel, g, right, left, transposed=True, interpret=interpret)
+            return _fused.product(kernel, gs, widths, right, left, transposed=True, **how)
         case "kernel":
-            return _fused.correlation(x, g, product.block, left, right, interpret=interpret)
+            return [_fused.correlation(xs, gs, product.block, left, right, **how)]
         case "left":
-            return _fused.inner_product(kernel, x, g, right, interpret=interpret)
+            return [_fused.inner_product(kernel, xs, gs, right, **how)]
         case "right":
-            return _fused.inner_product(kernel, g, x, left, transposed=True, interpret=interpret)
+            return [_fused.inner_product(kernel, gs, xs, left, transposed=True, **how)]

@@ -6,6 +6,7 @@ on the vector unit, while the matrix unit multiplies the pairs of frequencies. E
 and written once.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -27,18 +28,20 @@ _VMEM_BYTES = 64 * 2**20
 
 def product(
     kernel: jax.Array,
-    x: jax.Array,
+    xs: Sequence[jax.Array],
+    widths: Sequence[int],
     left: jax.Array | None,
     right: jax.Array | None,
     *,
     transposed: bool = False,
     interpret: bool,
-) -> jax.Array:
+) -> list[jax.Array]:
     """`diag(left) B(kernel) diag(right) x`.
 
     Args:
         kernel: first columns, `(out_blocks, in_blocks, block)`.
-        x: `(tokens, in_blocks * block)`.
+        xs: x in parts of whole blocks, `(tokens, width)`, together `in_blocks * block` wide.
+        widths: of the parts of the result, together `out_blocks * block`.
         left: `(out_blocks * block,)`, or None for ones.
         right: `(in_blocks * block,)`, or None for ones.
         transposed: whether to multiply by the transpose of `B(kernel)`; outputs and inputs above
@@ -46,32 +49,34 @@ def product(
         interpret: whether to run the kernel without a TPU, slowly.
 
     Returns:
-        `(tokens, out_blocks * block)`, in the dtype of `x`.
+        The result in parts, `(tokens, width)`, in the dtype of x.
     """
-    block = kernel.shape[2]
-    out_features = kernel.shape[1 if transposed else 0] * block
+    block, (tokens, _), dtype = kernel.shape[2], xs[0].shape, xs[0].dtype
 
-    def body(left, right, turns, chunks, x, y, weights, diagonals):
-        _expand_at_first(turns, chunks, diagonals, weights, transposed)
-        spectra = _spectra(x, right, block)
-        for lanes, column in _columns_of_product(spectra, weights, block, x.dtype):
-            y[:, lanes] = (column * left[:, lanes]).astype(y.dtype)
+    def body(whole, xs, ys, scratch):
+        left, right, *given = whole
+        _expand_at_first(*given, *scratch, transposed)
+        columns = _columns_of_product(_spectra(xs, right, block), scratch[0], block, dtype)
+        for (y, lanes), (_, place), column in zip(
+            _columns(ys), _columns([left]), columns, strict=True
+        ):
+            y[:, lanes] = (column * left[:, place]).astype(dtype)
 
     return _call(
         "product",
         body,
-        [_row(left, out_features), _row(right, x.shape[1]), _turns(block), _chunks(kernel)],
-        [x],
-        jax.ShapeDtypeStruct((x.shape[0], out_features), x.dtype),
-        _scratch(kernel.shape, x.dtype, transposed),
+        [_row(left, sum(widths)), _row(right, _width(xs)), _turns(block), _chunks(kernel)],
+        [xs],
+        [jax.ShapeDtypeStruct((tokens, width), dtype) for width in widths],
+        _scratch(kernel.shape, dtype, transposed),
         interpret,
     )
 
 
 def inner_product(
     kernel: jax.Array,
-    x: jax.Array,
-    g: jax.Array,
+    xs: Sequence[jax.Array],
+    gs: Sequence[jax.Array],
     right: jax.Array | None,
     *,
     transposed: bool = False,
@@ -81,8 +86,8 @@ def inner_product(
 
     Args:
         kernel: first columns, `(out_blocks, in_blocks, block)`.
-        x: `(tokens, in_blocks * block)`.
-        g: `(tokens, out_blocks * block)`.
+        xs: as in `product`.
+        gs: g in parts like x, together `out_blocks * block` wide.
         right: `(in_blocks * block,)`, or None for ones.
         transposed: as in `product`.
         interpret: whether to run the kernel without a TPU, slowly.
@@ -90,22 +95,25 @@ def inner_product(
     Returns:
         `(out_blocks * block,)`, in float32.
     """
-    block = kernel.shape[2]
+    block, dtype = kernel.shape[2], xs[0].dtype
 
-    def body(right, turns, chunks, x, g, sums, weights, diagonals):
+    def body(whole, xs, gs, outs, scratch):
+        (right, *given), (sums,) = whole, outs
         _zero_at_first(sums)
-        _expand_at_first(turns, chunks, diagonals, weights, transposed)
-        spectra = _spectra(x, right, block)
-        for lanes, column in _columns_of_product(spectra, weights, block, x.dtype):
-            sums[:, lanes] += jnp.sum(column * g[:, lanes], axis=0, keepdims=True)
+        _expand_at_first(*given, *scratch, transposed)
+        columns = _columns_of_product(_spectra(xs, right, block), scratch[0], block, dtype)
+        for (g, lanes), (_, place), column in zip(
+            _columns(gs), _columns(outs), columns, strict=True
+        ):
+            sums[:, place] += jnp.sum(column * g[:, lanes], axis=0, keepdims=True)
 
-    sums = _call(
+    (sums,) = _call(
         "inner_product",
         body,
-        [_row(right, x.shape[1]), _turns(block), _chunks(kernel)],
-        [x, g],
-        jax.ShapeDtypeStruct((1, g.shape[1]), jnp.float32),
-        _scratch(kernel.shape, x.dtype, transposed),
+        [_row(right, _width(xs)), _turns(block), _chunks(kernel)],
+        [xs, gs],
+        [jax.ShapeDtypeStruct((1, _width(gs)), jnp.float32)],
+        _scratch(kernel.shape, dtype, transposed),
         interpret,
         summed=True,
     )
@@ -113,8 +121,8 @@ def inner_product(
 
 
 def correlation(
-    x: jax.Array,
-    g: jax.Array,
+    xs: Sequence[jax.Array],
+    gs: Sequence[jax.Array],
     block: int,
     left: jax.Array | None,
     right: jax.Array | None,
@@ -124,8 +132,8 @@ def correlation(
     """The gradient of `sum(g * product(kernel, x, left, right))` with respect to the kernel.
 
     Args:
-        x: `(tokens, in_blocks * block)`.
-        g: `(tokens, out_blocks * block)`.
+        xs: x in parts of whole blocks, `(tokens, width)`, together `in_blocks * block` wide.
+        gs: g in parts like x, together `out_blocks * block` wide.
         block: size of the blocks.
         left: `(out_blocks * block,)`, or None for ones.
         right: `(in_blocks * block,)`, or None for ones.
@@ -134,26 +142,27 @@ def correlation(
     Returns:
         `(out_blocks, in_blocks, block)`, in float32.
     """
-    shape = g.shape[1] // block, x.shape[1] // block, block
+    shape, dtype = (_width(gs) // block, _width(xs) // block, block), xs[0].dtype
 
-    def body(left, right, turns, x, g, sums, products, diagonals):
+    def body(whole, xs, gs, outs, scratch):
+        (left, right, turns), (sums,), (products, diagonals) = whole, outs, scratch
         _zero_at_first(products)
-        pairs = zip(_spectra(x, right, block), _spectra(g, left, block), strict=True)
+        pairs = zip(_spectra(xs, right, block), _spectra(gs, left, block), strict=True)
         for s, (columns, rows) in enumerate(pairs):
             products[s] += jax.lax.dot_general(
-                columns.astype(x.dtype),
-                rows.astype(x.dtype),
+                columns.astype(dtype),
+                rows.astype(dtype),
                 (((0,), (0,)), ((), ())),
                 preferred_element_type=jnp.float32,
             )
         _sum_at_last(turns, products, diagonals, sums)
 
-    sums = _call(
+    (sums,) = _call(
         "correlation",
         body,
-        [_row(left, g.shape[1]), _row(right, x.shape[1]), _turns(block)],
-        [x, g],
-        jax.eval_shape(_chunks, jax.ShapeDtypeStruct(shape, jnp.float32)),
+        [_row(left, _width(gs)), _row(right, _width(xs)), _turns(block)],
+        [xs, gs],
+        [jax.eval_shape(_chunks, jax.ShapeDtypeStruct(shape, jnp.float32))],
         _scratch(shape, jnp.float32, transposed=False),
         interpret,
         summed=True,
@@ -165,33 +174,44 @@ def _call(
     name: str,
     body: Callable[..., None],
     whole: Sequence[jax.Array],
-    tokens: Sequence[jax.Array],
-    out: jax.ShapeDtypeStruct,
+    vectors: Sequence[Sequence[jax.Array]],
+    outs: Sequence[jax.ShapeDtypeStruct],
     scratch: Sequence[Any],
     interpret: bool,
     *,
     summed: bool = False,
-) -> jax.Array:
-    """Runs `body` on all of `whole` and a tile of `tokens` at a time, or sums over the tiles."""
-    count = tokens[0].shape[0]
-    tile = tile_size(count, *(array.shape[1] for array in (tokens if summed else [*tokens, out])))
-    tiles = [pl.BlockSpec((tile, array.shape[1]), lambda i: (i, 0)) for array in tokens]
-    every = [pl.BlockSpec(array.shape, lambda i, n=array.ndim: (0,) * n) for array in whole]
-    if summed:
-        out_spec = pl.BlockSpec(out.shape, lambda i: (0,) * len(out.shape))
-    else:
-        out_spec = pl.BlockSpec((tile, out.shape[1]), lambda i: (i, 0))
+) -> list[jax.Array]:
+    """Runs `body` on all of `whole` and a tile of the vectors at a time.
+
+    Results have the tiles of the vectors, or are summed over them.
+    """
+    groups = [whole, *vectors, outs, scratch]
+
+    def run(*refs) -> None:
+        remaining = iter(refs)
+        body(*(list(itertools.islice(remaining, len(group))) for group in groups))
+
+    tiled = list(itertools.chain(*vectors))
+    count = tiled[0].shape[0]
+    tile = tile_size(count, *(array.shape[1] for array in (tiled if summed else [*tiled, *outs])))
+
+    def in_tiles(array: Any) -> pl.BlockSpec:
+        return pl.BlockSpec((tile, array.shape[1]), lambda i: (i, 0))
+
+    def at_once(array: Any) -> pl.BlockSpec:
+        return pl.BlockSpec(array.shape, lambda i: (0,) * array.ndim)
+
     return pl.pallas_call(
-        body,
-        out_shape=out,
+        run,
+        out_shape=outs,
         grid=(count // tile,),
-        in_specs=[*every, *tiles],
-        out_specs=out_spec,
+        in_specs=[*map(at_once, whole), *map(in_tiles, tiled)],
+        out_specs=list(map(at_once if summed else in_tiles, outs)),
         scratch_shapes=scratch,
         compiler_params=pltpu.CompilerParams(vmem_limit_bytes=_VMEM_BYTES),
         interpret=interpret,
         name=f"circulant_{name}",
-    )(*whole, *tokens)
+    )(*whole, *tiled)
 
 
 def tile_size(tokens: int, *widths: int) -> int:
@@ -247,7 +267,7 @@ def _scratch(kernel_shape: tuple[int, int, int], dtype: Any, transposed: bool) -
     return [pltpu.VMEM(weights, dtype), pltpu.VMEM((4 * pairs, 2 * LANES), jnp.float32)]
 
 
-def _expand_at_first(turns, chunks, diagonals, weights, transposed: bool) -> None:
+def _expand_at_first(turns, chunks, weights, diagonals, transposed: bool) -> None:
     """Makes Toeplitz matrices of the kernel: row n is their diagonals rolled by n."""
 
     def block(i: jax.Array, tiles: Callable[[jax.Array], tuple]) -> None:
@@ -319,10 +339,11 @@ def _for_blocks(
         body(i, tile)
 
 
-def _spectra(x, scale, block: int) -> list[jax.Array]:
+def _spectra(parts: Sequence[Any], scale, block: int) -> list[jax.Array]:
     """For each pair of frequencies `(tokens, 2 * blocks * LANES)`: real parts, then imaginary."""
     count = block // LANES
-    columns = [x[:, lanes] * scale[:, lanes] for lanes in _lanes(x.shape[1])]
+    places = zip(_columns(parts), _columns([scale]), strict=True)
+    columns = [part[:, lanes] * scale[:, place] for (part, lanes), (_, place) in places]
     blocks = [_real_dft(columns[i : i + count]) for i in range(0, len(columns), count)]
     return [
         jnp.concatenate([block[s][part] for part in range(2) for block in blocks], axis=1)
@@ -332,7 +353,7 @@ def _spectra(x, scale, block: int) -> list[jax.Array]:
 
 def _columns_of_product(
     spectra: Sequence[jax.Array], weights, block: int, dtype: jnp.dtype
-) -> Iterator[tuple[slice, jax.Array]]:
+) -> Iterator[jax.Array]:
     """The product of a tile, `LANES` of its features at a time."""
     out_blocks, count = weights.shape[2] // (2 * LANES), block // LANES
     pairs = [
@@ -344,11 +365,20 @@ def _columns_of_product(
     for o in range(out_blocks):
         parts = [(column[o], column[out_blocks + o]) for column in columns]
         (slices,) = jax.linear_transpose(_real_dft, like)(parts)
-        yield from zip(_lanes(block, start=o * block), slices, strict=True)
+        yield from slices
 
 
-def _lanes(size: int, start: int = 0) -> list[slice]:
-    return [slice(i, i + LANES) for i in range(start, start + size, LANES)]
+def _width(parts: Sequence[jax.Array]) -> int:
+    return sum(part.shape[1] for part in parts)
+
+
+def _columns(parts: Sequence[Any]) -> list[tuple[Any, slice]]:
+    """Where to find the features of all parts, `LANES` at a time."""
+    return [(part, lanes) for part in parts for lanes in _lanes(part.shape[1])]
+
+
+def _lanes(size: int) -> list[slice]:
+    return [slice(i, i + LANES) for i in range(0, size, LANES)]
 
 
 def _real_dft(x: Sequence[jax.Array]) -> list[tuple[jax.Array, jax.Array]]:

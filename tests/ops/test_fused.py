@@ -36,16 +36,21 @@ def test_kernels_are_the_dense_products(shape) -> None:
     a = arguments(*shape)
     left, right, x, g = (np.asarray(a[k], np.float64) for k in ("left", "right", "x", "g"))
     matrix = np.asarray(ops.block_circulant_matrix(a["kernel"]), np.float64)
-    y = _fused.product(a["kernel"], a["x"], a["left"], a["right"], interpret=True)
-    assert_close(y, (x * right) @ matrix.T * left, 3e-6)
-    sums = _fused.inner_product(a["kernel"], a["x"], a["g"], a["right"], interpret=True)
+    block, how = a["kernel"].shape[2], {"interpret": True}
+    # Vectors come and go in parts, here of a block each.
+    xs, gs = (np.split(a[k], a[k].shape[1] // block, axis=1) for k in ("x", "g"))
+    to_x, to_g = [block] * len(xs), [block] * len(gs)
+    scales = a["left"], a["right"]
+    forward, backward = (x * right) @ matrix.T * left, (g * left) @ matrix * right
+    y = _fused.product(a["kernel"], xs, to_g, *scales, **how)
+    assert_close(jnp.concatenate(y, axis=1), forward, 3e-6)
+    y = _fused.product(a["kernel"], gs, to_x, *scales[::-1], transposed=True, **how)
+    assert_close(jnp.concatenate(y, axis=1), backward, 3e-6)
+    sums = _fused.inner_product(a["kernel"], xs, gs, a["right"], **how)
     assert_close(sums, np.sum(g * ((x * right) @ matrix.T), axis=0), 3e-6)
-    turned = partial(_fused.product, transposed=True, interpret=True)
-    assert_close(
-        turned(a["kernel"], a["g"], a["right"], a["left"]), (g * left) @ matrix * right, 3e-6
-    )
-    block = a["kernel"].shape[2]
-    gradient = _fused.correlation(a["x"], a["g"], block, a["left"], a["right"], interpret=True)
+    sums = _fused.inner_product(a["kernel"], gs, xs, a["left"], transposed=True, **how)
+    assert_close(sums, np.sum(x * ((g * left) @ matrix), axis=0), 3e-6)
+    gradient = _fused.correlation(xs, gs, block, *scales, **how)
     outer = (g * left).T @ (x * right)
     expected = ops.block_circulant_projection(outer.astype(np.float32), block) * block
     assert_close(gradient, np.asarray(expected, np.float64), 3e-6)
@@ -65,6 +70,32 @@ def test_gradients_in_bfloat16(shape) -> None:
     exact, exact_vjp = jax.vjp(partial(product, "fft"), *wide)
     for got, expected in zip((y, *vjp(g)), (exact, *exact_vjp(g.astype(jnp.float32))), strict=True):
         assert_close(got, np.asarray(expected, np.float64), 2e-2)
+
+
+@pytest.mark.parametrize("convention", ["column", "row"])
+def test_products_of_one_input_in_bfloat16(convention) -> None:
+    a = arguments(2, 1, 256, 16)
+    kernels = [a["kernel"], a["kernel"][:1] + 1]
+
+    def products(strategy, kernels, x):
+        sizes = [512, 256]
+        how = {"convention": convention, "strategy": strategy}
+        both = ops.block_circulant_products(kernels, x, sizes, **how)
+        # One of the results can go unused.
+        return both[0], both[1], ops.block_circulant_products(kernels, x, sizes, **how)[1]
+
+    x, cotangents = a["x"], (a["g"], a["g"][:, :256], a["g"][:, 256:])
+    half = [array.astype(jnp.bfloat16) for array in (x, *cotangents)]
+    got, got_vjp = jax.vjp(partial(products, "fused"), kernels, half[0])
+    exact, exact_vjp = jax.vjp(partial(products, "fft"), kernels, half[0].astype(jnp.float32))
+    wide = tuple(array.astype(jnp.float32) for array in half[1:])
+    pairs = zip(
+        jax.tree.leaves((got, got_vjp(tuple(half[1:])))),
+        jax.tree.leaves((exact, exact_vjp(wide))),
+        strict=True,
+    )
+    for ours, expected in pairs:
+        assert_close(ours, np.asarray(expected, np.float64), 2e-2)
 
 
 def test_products_that_do_not_fit() -> None:

@@ -68,18 +68,20 @@ class Kernel:
 
     Attributes:
         name: As the program writes it.
-        arrays: Its results and operands.
+        results: What it writes.
+        operands: What it reads.
         times: How often it runs in a step.
     """
 
     name: str
-    arrays: tuple[Array, ...]
+    results: tuple[Array, ...]
+    operands: tuple[Array, ...]
     times: int
 
     @property
     def bytes(self) -> int:
         """Bytes of its results and operands."""
-        return sum(array.bytes for array in self.arrays)
+        return sum(array.bytes for array in (*self.results, *self.operands))
 
 
 @dataclass(frozen=True)
@@ -133,8 +135,8 @@ def read_program(text: str, devices: int) -> Program:
             if estimated and int(estimated[1]) < 2**40:
                 cycles += int(estimated[1]) * times[name]
             if 'custom_call_target="tpu_custom_call"' in each.rest:
-                found = _arrays(each.type + each.rest.partition("metadata=")[0])
-                kernels.append(Kernel(each.name, found, times[name]))
+                operands = _arrays(each.rest.partition("metadata=")[0])
+                kernels.append(Kernel(each.name, _arrays(each.type), operands, times[name]))
             # The compiler writes each part of an operation that it spreads over others as a whole.
             if begins_chain or "chain_id=" not in each.rest:
                 collectives += _collectives(each, name, times[name], devices)
