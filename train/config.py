@@ -1,6 +1,7 @@
 """The settings of one run: typed, frozen sections that refuse what does not fit."""
 
 import dataclasses
+import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -344,9 +345,11 @@ class AdapterConfig:
     train: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        close = difflib.get_close_matches(self.method, methods.ALL, n=1)
+        hint = f"did you mean {close[0]!r}? It" if close else "it"
         _require(
             self.method in methods.ALL,
-            f"`adapter.method` {self.method!r} is unknown; it can be {', '.join(methods.ALL)}",
+            f"`adapter.method` {self.method!r} is unknown; {hint} can be {', '.join(methods.ALL)}",
         )
         _require(
             all(layer >= 0 for layer in self.layers or ()),

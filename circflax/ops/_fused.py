@@ -293,7 +293,9 @@ def _sum_at_last(turns, products, diagonals, sums) -> None:
         @pl.loop(0, diagonals.shape[0])
         def _(n):
             # The hardware rolls later rows further, by no less than 0: upside down they fit that.
-            row, column = (jax.lax.broadcasted_iota(jnp.int32, (LANES, LANES), n) for n in (0, 1))
+            row, column = (
+                jax.lax.broadcasted_iota(jnp.int32, (LANES, LANES), axis) for axis in (0, 1)
+            )
             flip = (row + column == LANES - 1).astype(jnp.float32)
             rows = jnp.dot(flip, products[tiles(n)], precision="highest")
             rows = jnp.concatenate([rows, jnp.zeros_like(rows)], axis=1)
