@@ -106,7 +106,7 @@ def _kernel_cycles(program: Program, chip: str) -> float:
         if name == "product":
             out_features, in_features = (sum(width for _, width in of) for of in (written, read))
         else:
-            # x comes before g, and is not divided.
+            # x comes before g; where x is in parts, the first is taken for all of it.
             in_features, out_features = read[0][1], sum(width for _, width in read[1:])
         tokens = read[0][0]
         matrices = 2 * length * (out_features // block) * (in_features // block)

@@ -345,12 +345,11 @@ class AdapterConfig:
     train: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        close = difflib.get_close_matches(self.method, methods.ALL, n=1)
-        hint = f"did you mean {close[0]!r}? It" if close else "it"
-        _require(
-            self.method in methods.ALL,
-            f"`adapter.method` {self.method!r} is unknown; {hint} can be {', '.join(methods.ALL)}",
-        )
+        if self.method not in methods.ALL:
+            close = difflib.get_close_matches(self.method, methods.ALL, n=1)
+            hint = f"did you mean {close[0]!r}? It" if close else "it"
+            known = ", ".join(methods.ALL)
+            raise ConfigError(f"`adapter.method` {self.method!r} is unknown; {hint} can be {known}")
         _require(
             all(layer >= 0 for layer in self.layers or ()),
             f"`adapter.layers` must be numbers from 0 up, not {list(self.layers or ())}",

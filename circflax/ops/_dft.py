@@ -79,12 +79,12 @@ def response(kernel: jax.Array, length: int) -> jax.Array:
     """
     out_blocks, in_blocks, block = kernel.shape
     size = block // length
-    toeplitz = leading_columns(diagonals(kernel, length), size)[..., :size, :]
+    toeplitz = leading_columns(_diagonals(kernel, length), size)[..., :size, :]
     matrices = toeplitz.transpose(0, 1, 2, 5, 3, 4, 6)
     return matrices.reshape(-1, 2 * out_blocks * size, 2 * in_blocks * size)
 
 
-def diagonals(kernel: jax.Array, length: int) -> jax.Array:
+def _diagonals(kernel: jax.Array, length: int) -> jax.Array:
     """The Toeplitz matrices that `response` is made of, by their diagonals.
 
     Args:

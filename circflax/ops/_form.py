@@ -261,14 +261,14 @@ def _evaluate(
 
 def _joined(parts: Sequence[jax.Array]) -> jax.Array:
     """The parts side by side. Padded and added, XLA fuses them into what reads them."""
-    total, start = None, 0
-    width = sum(part.shape[-1] for part in parts)
-    for part in parts:
-        end = start + part.shape[-1]
-        if part.shape[-1] < width:
-            part = jnp.pad(part, [(0, 0), (start, width - end)])
-        total, start = part if total is None else total + part, end
-    return total
+    if len(parts) == 1:
+        return parts[0]
+    ends = list(itertools.accumulate(part.shape[1] for part in parts))
+    padded = [
+        jnp.pad(part, [(0, 0), (end - part.shape[1], ends[-1] - end)])
+        for part, end in zip(parts, ends, strict=True)
+    ]
+    return sum(padded[1:], padded[0])
 
 
 def _lower(platform: str, context: Any, *operands: Any, **params: Any) -> Any:

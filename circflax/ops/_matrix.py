@@ -44,11 +44,6 @@ def transpose(kernel: jax.Array) -> jax.Array:
     return reverse(kernel).swapaxes(-3, -2)
 
 
-def first_columns(c: jax.Array, convention: Convention) -> jax.Array:
-    """First columns of circulants that are given in either convention."""
-    return c if convention == "column" else reverse(c)
-
-
 @partial(jax.jit, static_argnames="convention")
 def circulant_matrix(c: jax.Array, *, convention: Convention = "column") -> jax.Array:
     """The dense circulant matrix of one vector.
