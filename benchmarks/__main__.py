@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 SUITES = ("layer", "step", "throughput", "growth", "memory", "presets", "tpu", "gpu", "merge")
-CHIPS = ("v5e", "v5p")
+# What suites can be compiled for instead of being run here.
+CHIPS = {"memory": ("v5e", "v5p", "h100"), "gpu": ("h100",)}
 
 # Memory that a program has used stays with the process, as within one long program; otherwise the
 # kernel hands out zeroed pages again in each call, which costs more than the smaller programs do.
@@ -33,13 +34,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="file for the results; goes on where it ended")
     parser.add_argument("--plots", type=Path, help="directory for the plots of `growth`")
     parser.add_argument(
-        "--chip", choices=CHIPS, help="compile `memory` for a TPU instead of this machine's CPU"
+        "--chip",
+        choices=CHIPS["memory"],
+        help="compile `memory` or `gpu` for a chip that is not there, instead of running here",
     )
     arguments = parser.parse_args(argv)
+    chips = CHIPS.get(arguments.suite, ())
+    if arguments.chip not in (None, *chips):
+        there = f"compiled for {', '.join(chips)}" if chips else "run on this machine alone"
+        print(f"error: the suite `{arguments.suite}` is {there}.", file=sys.stderr)
+        return 2
     if arguments.suite in ("tpu", "presets") or arguments.chip:
         from train.plan.topology import ENVIRONMENT
 
         os.environ.update(ENVIRONMENT)
+        # JAX's CUDA plugin starts without a driver then.
+        os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
     elif arguments.suite != "gpu":
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("USE_TORCH", "0")
@@ -94,6 +104,11 @@ def _run(arguments: argparse.Namespace) -> None:
 
             tpu.run(results, suite, quick)
             print(tpu.table(results.of(suite)))
+        case "gpu" if arguments.chip:
+            from benchmarks import gpu
+
+            gpu.run(results, f"{suite} compiled", arguments.chip, quick)
+            print(gpu.table(results.of(f"{suite} compiled")))
         case "gpu":
             if jax.default_backend() != "gpu":
                 raise ValueError(

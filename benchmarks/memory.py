@@ -9,7 +9,7 @@ import jax
 from rich.progress import track
 
 import circflax as cf
-from benchmarks import steps, tpu
+from benchmarks import compiling, steps
 from benchmarks.results import Record, Results, markdown_table
 from train.plan.program import memory_wanted
 
@@ -97,7 +97,7 @@ def _measure(chip: str | None, step: steps.Step) -> Record:
         program = cf.costs.compile_program(step.run, *step.arguments)
         return {"peak": program.peak_memory, "compile": program.seconds, "fits": True}
     try:
-        compiled, seconds = tpu.compile_for(chip, step.run, step.arguments)
+        compiled, seconds = compiling.compile_for(chip, step.run, step.arguments)
     except jax.errors.JaxRuntimeError as error:
         # The compiler gives up on programs that do not fit, but says what they would take.
         if (wanted := memory_wanted(str(error))) is None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.progress import track
 
 import circflax as cf
-from benchmarks import papers, tpu
+from benchmarks import compiling, papers
 from benchmarks.results import Record, Results, markdown_table
 from circflax.methods import PRESETS
 from train import settings
@@ -50,7 +50,7 @@ def run(results: Results, suite: str, quick: bool) -> None:
         peaks = {}
         for layers in (1, 2) if quick else _LAYERS:
             step = make_step(config, outline(config, model, layers))
-            compiled, _ = tpu.compile_for(CHIP, step.run, step.arguments)
+            compiled, _ = compiling.compile_for(CHIP, step.run, step.arguments)
             peaks[layers] = cf.costs.peak_memory(compiled)
         whole = outline(config, model)
         adapters = make_step(config, whole).adapters

@@ -10,18 +10,15 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache, partial
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.compiling import TPUS, compile_for, programs
 from benchmarks.results import Record, Results, by_case, markdown_table
 from train.plan import topology
 from train.plan.program import Program, read_program
-
-# What programs are compiled for, by kind of chip: one chip alone.
-CHIPS = {"v5e": "v5e:1x1", "v5p": "v5p:1x1x1"}
 
 
 class Estimate(NamedTuple):
@@ -60,29 +57,6 @@ def estimate(chip: str, function: Callable[..., Any], arguments: Sequence[Any]) 
         bytes=compiled.cost_analysis().get("bytes accessed", 0.0),
         compile=seconds,
     )
-
-
-def compile_for(
-    chip: str, function: Callable[..., Any], arguments: Sequence[Any]
-) -> tuple[Any, float]:
-    """The function compiled for one chip of a kind, from shapes, and the seconds that this took.
-
-    Raises:
-        ValueError: if the TPU compiler is not installed.
-    """
-    import jax
-
-    (device,) = topology.find_topology(CHIPS[chip]).devices
-    whole = jax.sharding.SingleDeviceSharding(device)
-    arguments = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), arguments
-    )
-    # A step that is jitted already keeps its donations.
-    jitted = function if hasattr(function, "lower") else jax.jit(function)
-    lowered = jitted.lower(*arguments)
-    start = time.perf_counter()
-    compiled = lowered.compile()
-    return compiled, time.perf_counter() - start
 
 
 # Bundles of the loops that expand, or sum, one Toeplitz matrix: read in the kernels' schedules.
@@ -178,7 +152,7 @@ def grid(quick: bool) -> list[Record]:
     if quick:
         return [{"chip": "v5e", **layers[0]}]
     step = steps.grid(quick, "bfloat16")[0]
-    return [{"chip": chip, **case} for chip in CHIPS for case in (*layers, step)]
+    return [{"chip": chip, **case} for chip in TPUS for case in (*layers, step)]
 
 
 def run(results: Results, suite: str, quick: bool) -> None:
@@ -186,44 +160,16 @@ def run(results: Results, suite: str, quick: bool) -> None:
     from rich.progress import track
 
     for case in track(list(results.missing(suite, grid(quick))), "compiling for TPU"):
-        programs = _steps(case) if "model" in case else _layers(case)
         measured = {}
-        for name, (function, arguments, chosen) in programs.items():
-            expected = estimate(case["chip"], function, arguments)
-            measured[name] = expected._asdict() | {"chosen": chosen}
+        for name, program in programs(case, "tpu").items():
+            method, _, strategy = name.partition(" ")
+            # These take minutes to compile: the narrow layer alone shows what they cost.
+            slow = strategy in ("fft", "dft")
+            if slow and (case["chip"], case["block"], method) != ("v5e", 768, "c3a"):
+                continue
+            expected = estimate(case["chip"], program.function, program.arguments)
+            measured[name] = expected._asdict() | {"chosen": program.chosen}
         results.add(suite, case, measured)
-
-
-def _layers(case: Record) -> Mapping[str, tuple]:
-    import jax
-    import jax.numpy as jnp
-
-    from benchmarks import layers
-    from circflax import ops
-
-    tokens, features = case["tokens"], case["features"]
-    x = jax.ShapeDtypeStruct((tokens, features), jnp.bfloat16)
-    kernel = jax.ShapeDtypeStruct((features, features), jnp.bfloat16)
-    product = layers.product_of(case, "tpu")
-    chosen = ops.choose_form(product).strategy
-    programs = {"frozen": (layers.frozen_gradient, (kernel, x, x), False)}
-    for name, update, shapes in layers.updates(case, "tpu"):
-        method, _, strategy = name.partition(" ")
-        # These take minutes to compile: the narrow layer alone shows what they cost.
-        slow = strategy in ("fft", "dft")
-        if slow and (case["chip"], case["block"], method) != ("v5e", 768, "c3a"):
-            continue
-        function = partial(layers.gradient, update)
-        programs[name] = (function, (shapes, x, x), name.endswith(f" {chosen}"))
-    return programs
-
-
-def _steps(case: Record) -> Mapping[str, tuple]:
-    from benchmarks import steps
-
-    adapters = steps.adapters().items()
-    made = {name: steps.make_step(case, adapter) for name, adapter in adapters}
-    return {name: (step.run, step.arguments, False) for name, step in made.items()}
 
 
 def table(records: Sequence[Record]) -> str:

@@ -65,7 +65,7 @@ def test_presets_are_compiled_and_counted(capsys, monkeypatch) -> None:
 
     # Without the TPU compiler; of it alone the numbers would be worth something.
     monkeypatch.setattr(
-        presets.tpu, "compile_for", lambda _, run, shapes: (run.lower(*shapes).compile(), 0.0)
+        presets.compiling, "compile_for", lambda _, run, shapes: (run.lower(*shapes).compile(), 0.0)
     )
     results = Results(None)
     presets.run(results, "presets", quick=True)
@@ -104,7 +104,7 @@ def test_what_does_not_fit_a_chip_is_said_not_to(monkeypatch) -> None:
             " hbm. Used 17.50G of 15.75G hbm. Exceeded hbm capacity by 1.75G."
         )
 
-    monkeypatch.setattr(memory.tpu, "compile_for", refuse)
+    monkeypatch.setattr(memory.compiling, "compile_for", refuse)
     results = Results(None)
     case = memory.grid("v5e", quick=True)[0]
     monkeypatch.setattr(memory, "grid", lambda chip, quick: [case])

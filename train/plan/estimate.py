@@ -10,7 +10,8 @@ import jax
 
 import circflax as cf
 from train.config import Config, MeshConfig
-from train.plan.program import Array, Collective, Program, memory_wanted, read_program
+from train.plan.hlo import Array
+from train.plan.program import Collective, Program, memory_wanted, read_program
 from train.plan.step import Step, count_classes, make_outline, make_step
 from train.plan.topology import Chip, Topology
 
