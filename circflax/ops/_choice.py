@@ -13,8 +13,8 @@ import jax.numpy as jnp
 Strategy = Literal["fft", "dft", "dense", "fused"]
 """Ways to compute one and the same product.
 
-`fft`: real fast Fourier transforms; `dft`: discrete Fourier transforms as matrix products;
-`dense`: the dense matrix, made anew each time; `fused`: one kernel for TPU.
+`fft`: real fast Fourier transforms; `dft`: short discrete Fourier transforms and products of dense
+blocks; `dense`: the dense matrix, made anew each time; `fused`: one kernel for TPU.
 """
 
 LANES = 128
@@ -86,17 +86,20 @@ class Rates:
     memory: float
 
 
-# Fitted by `python -m benchmarks.calibrate` to measured times on CPU (2 cores, AVX-512) and to the
-# TPU compiler's estimates (v5e); data sheets' figures for GPUs (H100). What a fit could not tell
-# from nothing is infinite: it hides behind the memory.
+# Fitted by `python -m benchmarks.calibrate` to measured times on CPU (2 cores, AVX-512), to the TPU
+# compiler's estimates (v5e) and to what compiled GPU programs take at least (H100). What a fit
+# could not tell from nothing is infinite: it hides behind the memory.
 RATES = {
     "cpu": Rates(matrix=1.9e11, transform=math.inf, vector=2.8e10, memory=1.0e10),
     "tpu": Rates(matrix=2.1e14, transform=1.7e11, vector=math.inf, memory=5.7e11),
-    "cuda": Rates(matrix=4.0e14, transform=2.0e13, vector=2.0e13, memory=2.5e12),
+    "cuda": Rates(matrix=1.4e15, transform=8.7e12, vector=1.4e13, memory=3.3e12),
 }
 
 PLATFORMS = tuple(RATES)
 """Platforms that the costs are known of; others are taken for the last."""
+
+LONGEST = 16
+"""Longest DFT of the strategy `dft`, by what it takes to compile."""
 
 _default: ContextVar[Strategy | None] = ContextVar("strategy", default=None)
 
@@ -191,8 +194,9 @@ def estimate_costs(product: Product) -> dict[Form, float]:
     """
     rates = RATES.get(product.platform, RATES[PLATFORMS[-1]])
     forms = [Form("fft"), Form("dense")]
-    # A transform of length 1 would be the dense form again, save in blocks of 1.
-    forms += [Form("dft", length) for length in _divisors(product.block)[1:] or [1]]
+    # A transform of length 1 would be the dense form again, save where there is no other.
+    lengths = [n for n in range(2, LONGEST + 1) if product.block % n == 0]
+    forms += [Form("dft", length) for length in lengths or [1]]
     length = fused_length(product)
     if length is not None:
         forms.append(Form("fused", length))
@@ -241,10 +245,10 @@ def work(product: Product, form: Form) -> Rates:
             )
         case "dft":
             return Rates(
-                matrix=2.5 * numbers * 2 * form.length + 3 * 4 * pairs * block * size,
+                matrix=3 * 4 * pairs * block * size,
                 transform=0.0,
-                vector=0.0,
-                memory=13 * numbers * width,
+                vector=2.5 * numbers * 2.5 * math.log2(form.length),
+                memory=8 * numbers * width,
             )
         case "dense":
             entries = out_blocks * in_blocks * block**2
@@ -271,7 +275,3 @@ def _seconds(product: Product, form: Form, rates: Rates) -> float:
         + counts.vector / rates.vector
         + counts.memory / rates.memory
     )
-
-
-def _divisors(n: int) -> list[int]:
-    return [divisor for divisor in range(1, n + 1) if n % divisor == 0]

@@ -313,8 +313,8 @@ def _spectral_gradient(
     kernel, dtype = arguments.get("kernel"), product.compute_dtype
     multiply, correlate = _fft.product, _fft.correlation
     if form.strategy == "dft":
-        multiply = partial(_dft.product, length=form.length)
-        correlate = partial(_dft.correlation, length=form.length)
+        how = {"length": form.length, "network": product.platform in ("cpu", "tpu")}
+        multiply, correlate = partial(_dft.product, **how), partial(_dft.correlation, **how)
     if product.platform == "cpu" and {"right", "x", "g"} <= arguments.keys():
         # XLA drops optimization barriers on CPU, and would keep what the product computed from x.
         arguments = {**arguments, "right": arguments["right"] * _one(arguments["g"])}

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from circflax.ops._choice import LANES
-from circflax.ops._dft import rotations
+from circflax.ops._network import real_dft, rotations, transposed_real_dft
 
 # A tile of tokens has as many as this, and with both sides as many numbers as this, at most.
 _TOKENS = 256
@@ -247,10 +247,7 @@ def _turns(block: int) -> np.ndarray:
         back into the chunk before; the matrices in the order pair, part to, part from.
     """
     length = block // LANES
-    # The network's two passes give length / 2 times what orthogonal tables do, and length for the
-    # first pair.
-    scale = np.where(np.arange(length // 2) == 0, 1, 2) / length
-    turns = (rotations(length) * scale[:, None, None, None]).reshape(-1, length)
+    turns = rotations(length).reshape(-1, length)
     return np.stack([turns, np.roll(turns, -1, axis=1)]).astype(np.float32)
 
 
@@ -346,7 +343,7 @@ def _spectra(parts: Sequence[Any], scale, block: int) -> list[jax.Array]:
     count = block // LANES
     places = zip(_columns(parts), _columns([scale]), strict=True)
     columns = [part[:, lanes] * scale[:, place] for (part, lanes), (_, place) in places]
-    blocks = [_real_dft(columns[i : i + count]) for i in range(0, len(columns), count)]
+    blocks = [real_dft(columns[i : i + count]) for i in range(0, len(columns), count)]
     return [
         jnp.concatenate([block[s][part] for part in range(2) for block in blocks], axis=1)
         for s in range(count // 2)
@@ -363,11 +360,9 @@ def _columns_of_product(
         for s, spectrum in enumerate(spectra)
     ]
     columns = [[pair[:, lanes] for lanes in _lanes(pair.shape[1])] for pair in pairs]
-    like = [jax.ShapeDtypeStruct(columns[0][0].shape, jnp.float32)] * count
     for o in range(out_blocks):
         parts = [(column[o], column[out_blocks + o]) for column in columns]
-        (slices,) = jax.linear_transpose(_real_dft, like)(parts)
-        yield from slices
+        yield from transposed_real_dft(parts, count)
 
 
 def _width(parts: Sequence[jax.Array]) -> int:
@@ -381,51 +376,3 @@ def _columns(parts: Sequence[Any]) -> list[tuple[Any, slice]]:
 
 def _lanes(size: int) -> list[slice]:
     return [slice(i, i + LANES) for i in range(0, size, LANES)]
-
-
-def _real_dft(x: Sequence[jax.Array]) -> list[tuple[jax.Array, jax.Array]]:
-    """The DFT of an even number of real arrays, as in the tables of `dft` but not normalised."""
-    spectrum = _half_spectrum(x)
-    return [(spectrum[0][0], spectrum[-1][0]), *spectrum[1:-1]]
-
-
-def _half_spectrum(x: Sequence[jax.Array]) -> list[tuple[jax.Array, jax.Array | None]]:
-    """Real and imaginary parts, None where 0, of frequencies 0 to n // 2: even and odd split."""
-    n = len(x)
-    if n % 2:
-        return [_frequency(x, k) for k in range(n // 2 + 1)]
-    spectrum = {}
-    halves = zip(_half_spectrum(x[::2]), _half_spectrum(x[1::2]), strict=True)
-    for k, ((even_real, even_imag), odd) in enumerate(halves):
-        real, imag = _rotated(odd, k, n)
-        spectrum[n // 2 - k] = _sum(even_real, real, -1), _sum(imag, even_imag, -1)
-        spectrum[k] = _sum(even_real, real), _sum(even_imag, imag)
-    return [spectrum[k] for k in range(n // 2 + 1)]
-
-
-def _rotated(number: tuple, k: int, n: int) -> tuple[jax.Array | None, jax.Array | None]:
-    """A complex number times exp(-2 pi i k / n), without products by 0 and 1."""
-    real, imag = number
-    if k == 0:
-        return real, imag
-    if 4 * k == n:
-        return imag, -real
-    cos, sin = math.cos(2 * math.pi * k / n), math.sin(2 * math.pi * k / n)
-    if imag is None:
-        return cos * real, -sin * real
-    return cos * real + sin * imag, cos * imag - sin * real
-
-
-def _sum(a: jax.Array | None, b: jax.Array | None, sign: int = 1) -> jax.Array | None:
-    if b is None:
-        return a
-    if a is None:
-        return b if sign == 1 else -b
-    return a + b if sign == 1 else a - b
-
-
-def _frequency(x: Sequence[jax.Array], k: int) -> tuple[jax.Array, jax.Array | None]:
-    angles = [2 * math.pi * k * j / len(x) for j in range(len(x))]
-    real = sum(math.cos(angle) * array for angle, array in zip(angles, x, strict=True))
-    imag = sum(-math.sin(angle) * array for angle, array in zip(angles, x, strict=True))
-    return real, imag if k else None

@@ -1,5 +1,6 @@
 """Every product against its dense matrix, one property a test, over one table of operators."""
 
+import itertools
 import re
 from collections.abc import Sequence
 from functools import partial
@@ -185,9 +186,24 @@ def test_products_in_bfloat16_err_no_more_than_twice_what_lora_does(shape) -> No
     matrix = np.asarray(ops.block_circulant_matrix(kernel), np.float64).T
     dense = x @ _dense.matrix(kernel).astype(low)
     assert error(dense, matrix) <= 2 * lora
-    for length in (4, 8, shape[2]):
-        got = _dft.product(kernel, x, low, length=length).astype(low)
+    for length, network in itertools.product((4, 16), (False, True)):
+        got = _dft.product(kernel, x, low, length=length, network=network)
         assert error(got, matrix) <= 2 * lora
+
+
+@pytest.mark.parametrize("network", [False, True])
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 6, 12])
+def test_transforms_of_any_length(length: int, network: bool) -> None:
+    """As a network, and as sums over a table: the way that the tests' platform does not choose."""
+    rng = np.random.default_rng(0)
+    kernel, x, g = (rng.standard_normal(shape) for shape in ((3, 2, 12), (5, 24), (5, 36)))
+    how = {"length": length, "network": network}
+    matrix = np.asarray(ops.block_circulant_matrix(jnp.asarray(kernel)))
+    y = _dft.product(jnp.asarray(kernel), jnp.asarray(x), jnp.float64, **how)
+    np.testing.assert_allclose(y, x @ matrix.T, rtol=1e-12, atol=1e-12)
+    gradient = _dft.correlation(jnp.asarray(x), jnp.asarray(g), 12, jnp.float64, **how)
+    expected = 12 * ops.block_circulant_projection(jnp.asarray(g.T @ x), 12)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-12, atol=1e-12)
 
 
 @over_kinds
