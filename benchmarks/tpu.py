@@ -59,8 +59,15 @@ def estimate(chip: str, function: Callable[..., Any], arguments: Sequence[Any]) 
     )
 
 
-# Bundles of the loops that expand, or sum, one Toeplitz matrix: read in the kernels' schedules.
-_BUNDLES_OF_LOOP = 250
+# Bundles of the loops that expand, and sum, one Toeplitz matrix: read in the kernels' schedules.
+_EXPAND, _SUM = 88, 353
+_BUNDLES_OF_LOOPS = {
+    "product": _EXPAND,
+    "inner_product": _EXPAND,
+    "correlation": _SUM,
+    "gradients": _EXPAND + _SUM,
+    "all_gradients": _EXPAND + _SUM,
+}
 
 
 def _kernel_cycles(program: Program, chip: str) -> float:
@@ -85,10 +92,10 @@ def _kernel_cycles(program: Program, chip: str) -> float:
         tokens = read[0][0]
         matrices = 2 * length * (out_features // block) * (in_features // block)
         schedule = _schedule(chip, name, tokens, out_features, in_features, block)
-        steps = tokens // _fused.tile_size(tokens, out_features, in_features)
+        steps = tokens // _fused.tile_size(tokens, *(width for _, width in (*written, *read)))
         figures = topology.CHIPS[chip]
         cycles += kernel.times * max(
-            steps * schedule + matrices * _BUNDLES_OF_LOOP,
+            steps * schedule + matrices * _BUNDLES_OF_LOOPS[name],
             kernel.bytes / figures.bandwidth * figures.clock,
         )
     return cycles
@@ -136,6 +143,10 @@ def _compile_kernel(
             c, [x], [g], *side, **how
         ),
         "correlation": lambda c, x, g, *sides: _fused.correlation([x], [g], block, *sides, **how),
+        "gradients": lambda c, x, g, *_: _fused.gradients(c, [x], [g], None, None, "x", **how),
+        "all_gradients": lambda c, x, g, *sides: _fused.gradients(
+            c, [x], [g], *sides, ("x", "left", "right"), **how
+        ),
     }
     compile_for(chip, functions[kernel], (c, x, g, left, right))
 

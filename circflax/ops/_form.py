@@ -8,13 +8,14 @@ with respect to one of its five arguments, each of which it is linear in: the gr
 to `g` is the product, to `x` the transposed product, to `kernel`, `left` and `right` what training
 needs. The derivative of one is another, so that one rule serves both modes to any order, and
 nothing but the arguments is kept for the backward pass. Vectors may be in parts, side by side: so
-matrices that read the same vectors share what is computed of them. How a gradient is computed is
+matrices that read the same vectors share what is computed of them. A differential is one operation,
+so that its transpose, the gradients of a backward pass, is one too. How a gradient is computed is
 chosen where it is lowered, when shapes, dtype and platform are known.
 """
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,13 +24,9 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from circflax.ops import _dense, _dft, _fft, _fused
 from circflax.ops._checks import Convention
-from circflax.ops._choice import Form, Product, choose_form
-from circflax.ops._matrix import transpose
+from circflax.ops._evaluate import RANKS, evaluate, evaluate_together
 
-# Arguments in the order of the formula, right to left, with their ranks.
-_RANKS = {"left": 1, "kernel": 3, "right": 1, "x": 2, "g": 2}
 # Which axis of the kernel runs along the blocks of these.
 _KERNEL_AXES = {"g": 0, "x": 1}
 
@@ -126,7 +123,7 @@ def _bind(
 ) -> list[jax.Array]:
     """The gradient with respect to one argument, part by part, given the parts of the others."""
     names, parts = zip(
-        *((name, part) for name in _RANKS for part in arguments.get(name, ())), strict=True
+        *((name, part) for name in RANKS for part in arguments.get(name, ())), strict=True
     )
     return _form_p.bind(*parts, names=names, wrt=wrt, shapes=shapes, dtype=dtype, strategy=strategy)
 
@@ -135,7 +132,7 @@ def _bind(
 def _abstract(
     *operands: Any, names: tuple[str, ...], wrt: str, shapes: tuple, dtype: Any, **_: Any
 ) -> list[Any]:
-    batch = operands[0].shape[: -_RANKS[names[0]]]
+    batch = operands[0].shape[: -RANKS[names[0]]]
     return [jax.core.ShapedArray((*batch, *shape), dtype) for shape in shapes]
 
 
@@ -143,19 +140,20 @@ def _abstract(
 def _run(*operands: jax.Array, **params: Any) -> list[jax.Array]:
     backend = jax.default_backend()
     platform = "cuda" if backend == "gpu" else backend
-    return _evaluate(platform, False, *operands, **params)
+    return evaluate(platform, False, *operands, **params)
 
 
 def _jvp(primals: tuple, tangents: tuple, *, names: tuple[str, ...], **params: Any) -> tuple:
-    bind = partial(_form_p.bind, names=names, **params)
-    terms = []
-    for name in dict.fromkeys(names):
-        # It is linear in an argument, that is, in all parts of it together.
-        own = [i for i in range(len(names)) if names[i] == name]
-        if any(type(tangents[i]) is not ad.Zero for i in own):
-            changed = {i: ad.instantiate_zeros(tangents[i]) for i in own}
-            terms.append(bind(*(changed.get(i, primal) for i, primal in enumerate(primals))))
-    return bind(*primals), [sum(parts[1:], parts[0]) for parts in zip(*terms, strict=True)]
+    # It is linear in an argument, that is, in all parts of it together.
+    nonzero = (type(tangent) is not ad.Zero for tangent in tangents)
+    moved = tuple(dict.fromkeys(itertools.compress(names, nonzero)))
+    own = [
+        ad.instantiate_zeros(tangent)
+        for name, tangent in zip(names, tangents, strict=True)
+        if name in moved
+    ]
+    tangents = _differential_p.bind(*primals, *own, names=names, moved=moved, **params)
+    return _form_p.bind(*primals, names=names, **params), tangents
 
 
 def _transpose(
@@ -180,7 +178,7 @@ def _transpose(
         gradients = [ad.Zero(aval) for aval in avals]
     else:
         arguments[wrt] = [ad.instantiate_zeros(cotangent) for cotangent in cotangents]
-        shapes = tuple(aval.shape[aval.ndim - _RANKS[sought] :] for aval in avals)
+        shapes = tuple(aval.shape[aval.ndim - RANKS[sought] :] for aval in avals)
         gradients = _bind(arguments, sought, shapes, avals[0].dtype, strategy)
     found = iter(gradients)
     gradients = [next(found) if name == sought else None for name in names]
@@ -196,7 +194,7 @@ def _batch(operands: tuple, axes: tuple, **params: Any) -> tuple:
     batched = {name for name, axis in zip(names, axes, strict=True) if axis is not None}
     # Where vectors alone are batched, they are more tokens.
     tokens = wrt in ("x", "g") and batched in ({"x"}, {"g"})
-    tokens = tokens and operands[0].ndim == _RANKS[names[0]]
+    tokens = tokens and operands[0].ndim == RANKS[names[0]]
     moved = [
         x if tokens and name not in batched else _leading(x, axis, size)
         for name, x, axis in zip(names, operands, axes, strict=True)
@@ -223,57 +221,153 @@ ad.primitive_transposes[_form_p] = _transpose
 batching.primitive_batchers[_form_p] = _batch
 
 
-def _evaluate(
-    platform: str,
-    partitioned: bool,
-    *operands: jax.Array,
+_differential_p = Primitive("circulant_differential")
+_differential_p.multiple_results = True
+_differential_p.def_abstract_eval(_abstract)
+
+
+def _differential(
+    *operands: Any, names: tuple[str, ...], moved: tuple[str, ...], **params: Any
+) -> list[jax.Array]:
+    """The sum of the form with one argument at a time replaced by its tangent."""
+    primals, tangents = operands[: len(names)], iter(operands[len(names) :])
+    terms = []
+    for name in moved:
+        own = [
+            next(tangents) if other == name else primal
+            for other, primal in zip(names, primals, strict=True)
+        ]
+        terms.append(_form_p.bind(*own, names=names, **params))
+    return [sum(parts[1:], parts[0]) for parts in zip(*terms, strict=True)]
+
+
+def _transpose_differential(
+    cotangents: Sequence[Any],
+    *operands: Any,
+    names: tuple[str, ...],
+    moved: tuple[str, ...],
+    wrt: str,
+    strategy: str | None,
+    **_: Any,
+) -> list[Any]:
+    primals, tangents = operands[: len(names)], operands[len(names) :]
+    unknown = [ad.is_undefined_primal(tangent) for tangent in tangents]
+    if all(type(cotangent) is ad.Zero for cotangent in cotangents):
+        found = iter([ad.Zero(tangent.aval) for tangent in itertools.compress(tangents, unknown)])
+        gradients = [next(found) if is_unknown else None for is_unknown in unknown]
+        return [*[None] * len(names), *gradients]
+    owners = [name for name in names if name in moved]
+    sought = tuple(dict.fromkeys(itertools.compress(owners, unknown)))
+    cotangents = [ad.instantiate_zeros(cotangent) for cotangent in cotangents]
+    found = _gradients_p.bind(
+        *primals, *cotangents, names=names, wrt=wrt, sought=sought, strategy=strategy
+    )
+    found = iter(found)
+    # Not each part of what is sought need be unknown.
+    gradients = [next(found) if name in sought else None for name in owners]
+    gradients = [
+        gradient if is_unknown else None
+        for gradient, is_unknown in zip(gradients, unknown, strict=True)
+    ]
+    return [*[None] * len(names), *gradients]
+
+
+_gradients_p = Primitive("circulant_gradients")
+_gradients_p.multiple_results = True
+
+
+@_gradients_p.def_abstract_eval
+def _abstract_gradients(
+    *operands: Any, names: tuple[str, ...], sought: tuple[str, ...], **_: Any
+) -> list[Any]:
+    own = zip(names, operands, strict=False)
+    return [jax.core.ShapedArray(part.shape, part.dtype) for name, part in own if name in sought]
+
+
+def _gradients(
+    *operands: Any,
     names: tuple[str, ...],
     wrt: str,
-    shapes: tuple[tuple[int, ...], ...],
-    dtype: Any,
+    sought: tuple[str, ...],
     strategy: str | None,
 ) -> list[jax.Array]:
-    if operands[0].ndim > _RANKS[names[0]]:
-        params = dict(names=names, wrt=wrt, shapes=shapes, dtype=dtype, strategy=strategy)
-        # Kernels run one at a time: batches of them are left to XLA, as divided ones are.
-        return jax.vmap(partial(_evaluate, platform, True, **params))(*operands)
-    parts: dict[str, list[jax.Array]] = {}
-    for name, operand in zip(names, operands, strict=True):
-        parts.setdefault(name, []).append(operand)
-    tokens = parts.get("x") or parts["g"]
-    kernel_shape = shapes[0] if wrt == "kernel" else parts["kernel"][0].shape
-    product = Product(
-        tokens[0].shape[0], *kernel_shape, jnp.dtype(tokens[0].dtype), platform, partitioned
-    )
-    form = choose_form(product, strategy)
-    if form.strategy == "fused":
-        gradients = _fused_gradients(product, wrt, parts, shapes)
-    else:
-        arguments = {name: _joined(own) for name, own in parts.items()}
-        if form.strategy == "dense":
-            gradient = _dense_gradient(product, wrt, arguments)
-        else:
-            gradient = _spectral_gradient(product, form, wrt, arguments)
-        ends = list(itertools.accumulate(shape[-1] for shape in shapes))
-        gradients = jnp.split(gradient, ends[:-1], axis=-1)
-    return [gradient.astype(dtype) for gradient in gradients]
+    """The gradients of a product with respect to several of its arguments, one by one.
+
+    Args:
+        operands: arguments of the product, in parts, and the cotangents of its results.
+        names: of the arguments, part by part.
+        wrt: what the product is the gradient with respect to.
+        sought: names of arguments whose gradients are sought.
+        strategy: as in `fitted_product`.
+
+    Returns:
+        The gradients, part by part.
+    """
+    arguments: dict[str, list[Any]] = {}
+    for name, operand in zip(names, operands, strict=False):
+        arguments.setdefault(name, []).append(operand)
+    arguments[wrt] = list(operands[len(names) :])
+    gradients = []
+    for name in sought:
+        others = {other: parts for other, parts in arguments.items() if other != name}
+        shapes = tuple(part.shape for part in arguments[name])
+        gradients += _bind(others, name, shapes, arguments[name][0].dtype, strategy)
+    return gradients
 
 
-def _joined(parts: Sequence[jax.Array]) -> jax.Array:
-    """The parts side by side. Padded and added, XLA fuses them into what reads them."""
-    if len(parts) == 1:
-        return parts[0]
-    ends = list(itertools.accumulate(part.shape[1] for part in parts))
-    padded = [
-        jnp.pad(part, [(0, 0), (end - part.shape[1], ends[-1] - end)])
-        for part, end in zip(parts, ends, strict=True)
-    ]
-    return sum(padded[1:], padded[0])
+def _derive(primitive: Primitive, function: Callable[..., Any]) -> None:
+    """Gives a primitive the rules of a function of the same operands."""
+
+    def jvp(primals: tuple, tangents: tuple, **params: Any) -> tuple:
+        tangents = tuple(map(ad.instantiate_zeros, tangents))
+        return jax.jvp(partial(function, **params), primals, tangents)
+
+    def batch(operands: tuple, axes: tuple, **params: Any) -> tuple:
+        ys = jax.vmap(partial(function, **params), in_axes=axes)(*operands)
+        return ys, [0] * len(ys)
+
+    primitive.def_impl(function)
+    ad.primitive_jvps[primitive] = jvp
+    batching.primitive_batchers[primitive] = batch
+
+
+def _transpose_gradients(cotangents: Sequence[Any], *operands: Any, **params: Any) -> list[Any]:
+    unknown = [ad.is_undefined_primal(operand) for operand in operands]
+
+    def gradients(*sought: Any) -> list[jax.Array]:
+        found = iter(sought)
+        own = [
+            next(found) if is_unknown else operand
+            for is_unknown, operand in zip(unknown, operands, strict=True)
+        ]
+        return _gradients(*own, **params)
+
+    avals = [operand.aval for operand in itertools.compress(operands, unknown)]
+    shapes = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]
+    cotangents = [ad.instantiate_zeros(cotangent) for cotangent in cotangents]
+    found = iter(jax.linear_transpose(gradients, *shapes)(cotangents))
+    return [next(found) if is_unknown else None for is_unknown in unknown]
+
+
+_derive(_differential_p, _differential)
+_derive(_gradients_p, _gradients)
+ad.primitive_transposes[_differential_p] = _transpose_differential
+ad.primitive_transposes[_gradients_p] = _transpose_gradients
 
 
 def _lower(platform: str, context: Any, *operands: Any, **params: Any) -> Any:
-    evaluate = partial(_evaluate, platform, _is_partitioned(context.module_context.axis_context))
-    return mlir.lower_fun(evaluate, multiple_results=True)(context, *operands, **params)
+    run = partial(evaluate, platform, _is_partitioned(context.module_context.axis_context))
+    return mlir.lower_fun(run, multiple_results=True)(context, *operands, **params)
+
+
+def _lower_gradients(platform: str, context: Any, *operands: Any, **params: Any) -> Any:
+    partitioned = _is_partitioned(context.module_context.axis_context)
+
+    def run(*operands: jax.Array, **params: Any) -> list[jax.Array]:
+        together = evaluate_together(platform, partitioned, *operands, **params)
+        return _gradients(*operands, **params) if together is None else together
+
+    return mlir.lower_fun(run, multiple_results=True)(context, *operands, **params)
 
 
 def _is_partitioned(context: Any) -> bool:
@@ -286,89 +380,5 @@ def _is_partitioned(context: Any) -> bool:
 
 for _platform in ("cpu", "tpu", "cuda", "rocm"):
     mlir.register_lowering(_form_p, partial(_lower, _platform), platform=_platform)
-
-
-def _dense_gradient(product: Product, wrt: str, arguments: dict[str, jax.Array]) -> jax.Array:
-    x, g = arguments.pop("x", None), arguments.pop("g", None)
-    dtype = product.compute_dtype
-    if wrt == "g":
-        return x.astype(dtype) @ _dense.matrix(**arguments).astype(dtype)
-    if wrt == "x":
-        return g.astype(dtype) @ _dense.matrix(**arguments).astype(dtype).T
-    # Tokens are summed first: what follows is of the matrix's size, not the tokens'.
-    wide = jnp.promote_types(dtype, jnp.float32)
-    sums = jnp.matmul(x.astype(dtype).T, g.astype(dtype), preferred_element_type=wide)
-    sizes = {"left": g.shape[-1:], "right": x.shape[-1:], "kernel": product.kernel_shape}
-    arguments = {name: array.astype(wide) for name, array in arguments.items()}
-    (gradient,) = jax.linear_transpose(
-        lambda argument: _dense.matrix(**arguments, **{wrt: argument}),
-        jax.ShapeDtypeStruct(sizes[wrt], wide),
-    )(sums)
-    return gradient
-
-
-def _spectral_gradient(
-    product: Product, form: Form, wrt: str, arguments: dict[str, jax.Array]
-) -> jax.Array:
-    kernel, dtype = arguments.get("kernel"), product.compute_dtype
-    multiply, correlate = _fft.product, _fft.correlation
-    if form.strategy == "dft":
-        how = {"length": form.length, "network": product.platform in ("cpu", "tpu")}
-        multiply, correlate = partial(_dft.product, **how), partial(_dft.correlation, **how)
-    if product.platform == "cpu" and {"right", "x", "g"} <= arguments.keys():
-        # XLA drops optimization barriers on CPU, and would keep what the product computed from x.
-        arguments = {**arguments, "right": arguments["right"] * _one(arguments["g"])}
-    # Scales and sums run in float32: rounded once, at the end.
-    wide = jnp.promote_types(dtype, jnp.float32)
-    x, g = (arguments.get(name) for name in ("x", "g"))
-    x, g = (None if array is None else array.astype(wide) for array in (x, g))
-
-    def scaled(side: str, array: jax.Array) -> jax.Array:
-        return arguments[side] * array if side in arguments else array
-
-    def forward() -> jax.Array:
-        return multiply(kernel, scaled("right", x), dtype).astype(wide)
-
-    def backward() -> jax.Array:
-        return multiply(transpose(kernel), scaled("left", g), dtype).astype(wide)
-
-    match wrt:
-        case "g":
-            return scaled("left", forward())
-        case "x":
-            return scaled("right", backward())
-        case "kernel":
-            return correlate(scaled("right", x), scaled("left", g), product.block, dtype)
-        case "left":
-            return jnp.sum(g * forward(), axis=0)
-        case "right":
-            return jnp.sum(x * backward(), axis=0)
-
-
-def _one(g: jax.Array) -> jax.Array:
-    """1 that is known only when the program runs, after g; not a number if g isn't one."""
-    first = g[:1, :1].sum()
-    return jnp.where(first == first, jnp.ones_like(first), first)
-
-
-def _fused_gradients(
-    product: Product,
-    wrt: str,
-    parts: dict[str, list[jax.Array]],
-    shapes: tuple[tuple[int, ...], ...],
-) -> list[jax.Array]:
-    # A kernel reads and writes parts where they lie, where joining them would copy them.
-    xs, gs = parts.get("x"), parts.get("g")
-    left, kernel, right = (parts.get(name, [None])[0] for name in ("left", "kernel", "right"))
-    widths, how = [shape[-1] for shape in shapes], {"interpret": product.platform != "tpu"}
-    match wrt:
-        case "g":
-            return _fused.product(kernel, xs, widths, left, right, **how)
-        case "x":
-            return _fused.product(kernel, gs, widths, right, left, transposed=True, **how)
-        case "kernel":
-            return [_fused.correlation(xs, gs, product.block, left, right, **how)]
-        case "left":
-            return [_fused.inner_product(kernel, xs, gs, right, **how)]
-        case "right":
-            return [_fused.inner_product(kernel, gs, xs, left, transposed=True, **how)]
+    mlir.register_lowering(_gradients_p, partial(_lower_gradients, _platform), platform=_platform)
+mlir.register_lowering(_differential_p, mlir.lower_fun(_differential, multiple_results=True))

@@ -8,7 +8,7 @@ and written once.
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -53,21 +53,19 @@ def product(
     """
     block, (tokens, _), dtype = kernel.shape[2], xs[0].shape, xs[0].dtype
 
-    def body(whole, xs, ys, scratch):
+    def body(whole, xs, ys, sums, scratch):
         left, right, *given = whole
         _expand_at_first(*given, *scratch, transposed)
         columns = _columns_of_product(_spectra(xs, right, block), scratch[0], block, dtype)
-        for (y, lanes), (_, place), column in zip(
-            _columns(ys), _columns([left]), columns, strict=True
-        ):
-            y[:, lanes] = (column * left[:, place]).astype(dtype)
+        _finish(columns, ys, left, results=ys)
 
     return _call(
         "product",
         body,
-        [_row(left, sum(widths)), _row(right, _width(xs)), _turns(block), _chunks(kernel)],
+        [_rows(left, sum(widths)), _rows(right, _width(xs)), _turns(block), _chunks(kernel)],
         [xs],
         [jax.ShapeDtypeStruct((tokens, width), dtype) for width in widths],
+        [],
         _scratch(kernel.shape, dtype, transposed),
         interpret,
     )
@@ -97,27 +95,24 @@ def inner_product(
     """
     block, dtype = kernel.shape[2], xs[0].dtype
 
-    def body(whole, xs, gs, outs, scratch):
+    def body(whole, xs, gs, _, outs, scratch):
         (right, *given), (sums,) = whole, outs
         _zero_at_first(sums)
         _expand_at_first(*given, *scratch, transposed)
         columns = _columns_of_product(_spectra(xs, right, block), scratch[0], block, dtype)
-        for (g, lanes), (_, place), column in zip(
-            _columns(gs), _columns(outs), columns, strict=True
-        ):
-            sums[:, place] += jnp.sum(column * g[:, lanes], axis=0, keepdims=True)
+        _finish(columns, gs, sums=sums)
 
     (sums,) = _call(
         "inner_product",
         body,
-        [_row(right, _width(xs)), _turns(block), _chunks(kernel)],
+        [_rows(right, _width(xs)), _turns(block), _chunks(kernel)],
         [xs, gs],
-        [jax.ShapeDtypeStruct((1, _width(gs)), jnp.float32)],
+        [],
+        [_rows_like(gs)],
         _scratch(kernel.shape, dtype, transposed),
         interpret,
-        summed=True,
     )
-    return sums[0]
+    return sums.reshape(-1)
 
 
 def correlation(
@@ -144,30 +139,118 @@ def correlation(
     """
     shape, dtype = (_width(gs) // block, _width(xs) // block, block), xs[0].dtype
 
-    def body(whole, xs, gs, outs, scratch):
+    def body(whole, xs, gs, _, outs, scratch):
         (left, right, turns), (sums,), (products, diagonals) = whole, outs, scratch
         _zero_at_first(products)
-        pairs = zip(_spectra(xs, right, block), _spectra(gs, left, block), strict=True)
-        for s, (columns, rows) in enumerate(pairs):
-            products[s] += jax.lax.dot_general(
-                columns.astype(dtype),
-                rows.astype(dtype),
-                (((0,), (0,)), ((), ())),
-                preferred_element_type=jnp.float32,
-            )
+        _correlate(_spectra(xs, right, block), _spectra(gs, left, block), products, dtype)
         _sum_at_last(turns, products, diagonals, sums)
 
     (sums,) = _call(
         "correlation",
         body,
-        [_row(left, _width(gs)), _row(right, _width(xs)), _turns(block)],
+        [_rows(left, _width(gs)), _rows(right, _width(xs)), _turns(block)],
         [xs, gs],
+        [],
         [jax.eval_shape(_chunks, jax.ShapeDtypeStruct(shape, jnp.float32))],
         _scratch(shape, jnp.float32, transposed=False),
         interpret,
-        summed=True,
     )
     return sums.reshape(shape)
+
+
+def gradients(
+    kernel: jax.Array,
+    xs: Sequence[jax.Array],
+    gs: Sequence[jax.Array],
+    left: jax.Array | None,
+    right: jax.Array | None,
+    sought: Collection[str],
+    *,
+    interpret: bool,
+) -> dict[str, list[jax.Array]]:
+    """What a backward pass needs of a product, reading each vector once.
+
+    Args:
+        kernel: first columns, `(out_blocks, in_blocks, block)`.
+        xs: as in `correlation`.
+        gs: as in `correlation`.
+        left: `(out_blocks * block,)`, or None for ones.
+        right: `(in_blocks * block,)`, or None for ones.
+        sought: the arguments, "x", "g", "left" and "right", whose gradients of
+            `sum(g * product(kernel, x, left, right))` are sought besides the kernel's.
+        interpret: whether to run the kernel without a TPU, slowly.
+
+    Returns:
+        The gradients by name, in parts: those of vectors in their dtype, others in float32.
+    """
+    block, dtype = kernel.shape[2], xs[0].dtype
+    sides = {"x": (xs, "right", right), "g": (gs, "left", left)}
+    vectors = [name for name in sides if name in sought]
+    diagonals = [name for name in ("left", "right") if name in sought]
+
+    def body(whole, xs, gs, ys, sums, scratch):
+        (left, right, *given), (weights, products, rolled) = whole, scratch
+        kernel_sums, *diagonal_sums = sums
+        _zero_at_first(products, *diagonal_sums)
+        _expand_at_first(*given, weights, rolled, transposed=False)
+        spectra = _spectra(xs, right, block), _spectra(gs, left, block)
+        _correlate(*spectra, products, dtype)
+        remaining = iter(ys)
+        found = {name: [next(remaining) for _ in sides[name][0]] for name in vectors}
+        summed = dict(zip(diagonals, diagonal_sums, strict=True))
+        for name, of, scale, diagonal, spectrum, transposed in (
+            ("x", xs, right, "right", spectra[1], True),
+            ("g", gs, left, "left", spectra[0], False),
+        ):
+            if name in found or diagonal in summed:
+                columns = _columns_of_product(spectrum, weights, block, dtype, transposed)
+                results = {"results": found.get(name), "sums": summed.get(diagonal)}
+                _finish(columns, of, scale, **results)
+        _sum_at_last(given[0], products, rolled, kernel_sums)
+
+    whole = [_rows(left, _width(gs)), _rows(right, _width(xs)), _turns(block), _chunks(kernel)]
+    results = [part for name in vectors for part in sides[name][0]]
+    weights, rolled = _scratch(kernel.shape, dtype, transposed=False)
+    products = pltpu.VMEM(weights.shape, jnp.float32)
+    found = iter(
+        _call(
+            "all_gradients" if diagonals else "gradients",
+            body,
+            whole,
+            [xs, gs],
+            [jax.ShapeDtypeStruct(part.shape, dtype) for part in results],
+            [
+                jax.ShapeDtypeStruct(whole[-1].shape, jnp.float32),
+                *(_rows_like({"left": gs, "right": xs}[name]) for name in diagonals),
+            ],
+            [weights, products, rolled],
+            interpret,
+        )
+    )
+    gradients = {name: [next(found) for _ in sides[name][0]] for name in vectors}
+    gradients["kernel"] = [next(found).reshape(kernel.shape)]
+    return gradients | {name: [next(found).reshape(-1)] for name in diagonals}
+
+
+def _correlate(xs, gs, products, dtype: jnp.dtype) -> None:
+    """Adds, for each pair of frequencies, the products of two spectra over a tile's tokens."""
+    for s, (columns, rows) in enumerate(zip(xs, gs, strict=True)):
+        products[s] += jax.lax.dot_general(
+            columns.astype(dtype),
+            rows.astype(dtype),
+            (((0,), (0,)), ((), ())),
+            preferred_element_type=jnp.float32,
+        )
+
+
+def _finish(columns, vectors, scale=None, *, results=None, sums=None) -> None:
+    """Writes a product's columns, scaled, and sums them with the vectors of their side."""
+    places = _columns(vectors), _columns(results or vectors), columns
+    for i, ((vector, lanes), (result, _), column) in enumerate(zip(*places, strict=True)):
+        if sums is not None:
+            sums[i : i + 1] += jnp.sum(column * vector[:, lanes], axis=0, keepdims=True)
+        if results:
+            result[:, lanes] = (column * scale[i : i + 1]).astype(result.dtype)
 
 
 def _call(
@@ -175,17 +258,16 @@ def _call(
     body: Callable[..., None],
     whole: Sequence[jax.Array],
     vectors: Sequence[Sequence[jax.Array]],
-    outs: Sequence[jax.ShapeDtypeStruct],
+    results: Sequence[jax.ShapeDtypeStruct],
+    sums: Sequence[jax.ShapeDtypeStruct],
     scratch: Sequence[Any],
     interpret: bool,
-    *,
-    summed: bool = False,
 ) -> list[jax.Array]:
     """Runs `body` on all of `whole` and a tile of the vectors at a time.
 
-    Results have the tiles of the vectors, or are summed over them.
+    Results have the tiles of the vectors; sums are of all tiles.
     """
-    groups = [whole, *vectors, outs, scratch]
+    groups = [whole, *vectors, results, sums, scratch]
 
     def run(*refs) -> None:
         remaining = iter(refs)
@@ -193,7 +275,7 @@ def _call(
 
     tiled = list(itertools.chain(*vectors))
     count = tiled[0].shape[0]
-    tile = tile_size(count, *(array.shape[1] for array in (tiled if summed else [*tiled, *outs])))
+    tile = tile_size(count, *(array.shape[1] for array in (*tiled, *results)))
 
     def in_tiles(array: Any) -> pl.BlockSpec:
         return pl.BlockSpec((tile, array.shape[1]), lambda i: (i, 0))
@@ -203,10 +285,10 @@ def _call(
 
     return pl.pallas_call(
         run,
-        out_shape=outs,
+        out_shape=[*results, *sums],
         grid=(count // tile,),
         in_specs=[*map(at_once, whole), *map(in_tiles, tiled)],
-        out_specs=list(map(at_once if summed else in_tiles, outs)),
+        out_specs=[*map(in_tiles, results), *map(at_once, sums)],
         scratch_shapes=scratch,
         compiler_params=pltpu.CompilerParams(vmem_limit_bytes=_VMEM_BYTES),
         interpret=interpret,
@@ -222,14 +304,22 @@ def tile_size(tokens: int, *widths: int) -> int:
     return tile
 
 
-def _zero_at_first(sums) -> None:
+def _zero_at_first(*sums) -> None:
     @pl.when(pl.program_id(0) == 0)
     def _():
-        sums[:] = jnp.zeros_like(sums)
+        for each in sums:
+            each[:] = jnp.zeros_like(each)
 
 
-def _row(scale: jax.Array | None, size: int) -> jax.Array:
-    return jnp.ones((1, size), jnp.float32) if scale is None else scale[None].astype(jnp.float32)
+def _rows(scale: jax.Array | None, size: int) -> jax.Array:
+    """A diagonal as it lies in memory, `LANES` numbers a row; ones for None."""
+    if scale is None:
+        return jnp.ones((size // LANES, LANES), jnp.float32)
+    return scale.reshape(-1, LANES).astype(jnp.float32)
+
+
+def _rows_like(parts: Sequence[jax.Array]) -> jax.ShapeDtypeStruct:
+    return jax.eval_shape(lambda: _rows(None, _width(parts)))
 
 
 def _chunks(kernel: jax.Array) -> jax.Array:
@@ -341,8 +431,7 @@ def _for_blocks(
 def _spectra(parts: Sequence[Any], scale, block: int) -> list[jax.Array]:
     """For each pair of frequencies `(tokens, 2 * blocks * LANES)`: real parts, then imaginary."""
     count = block // LANES
-    places = zip(_columns(parts), _columns([scale]), strict=True)
-    columns = [part[:, lanes] * scale[:, place] for (part, lanes), (_, place) in places]
+    columns = [part[:, lanes] * scale[i : i + 1] for i, (part, lanes) in enumerate(_columns(parts))]
     blocks = [real_dft(columns[i : i + count]) for i in range(0, len(columns), count)]
     return [
         jnp.concatenate([block[s][part] for part in range(2) for block in blocks], axis=1)
@@ -351,12 +440,18 @@ def _spectra(parts: Sequence[Any], scale, block: int) -> list[jax.Array]:
 
 
 def _columns_of_product(
-    spectra: Sequence[jax.Array], weights, block: int, dtype: jnp.dtype
+    spectra: Sequence[jax.Array], weights, block: int, dtype: jnp.dtype, transposed: bool = False
 ) -> Iterator[jax.Array]:
-    """The product of a tile, `LANES` of its features at a time."""
-    out_blocks, count = weights.shape[2] // (2 * LANES), block // LANES
+    """The product of a tile with the weights or their transposes, `LANES` features at a time."""
+    summed, kept = (2, 1) if transposed else (1, 2)
+    out_blocks, count = weights.shape[kept] // (2 * LANES), block // LANES
     pairs = [
-        jnp.dot(spectrum.astype(dtype), weights[s], preferred_element_type=jnp.float32)
+        jax.lax.dot_general(
+            spectrum.astype(dtype),
+            weights[s],
+            (((1,), (summed - 1,)), ((), ())),
+            preferred_element_type=jnp.float32,
+        )
         for s, spectrum in enumerate(spectra)
     ]
     columns = [[pair[:, lanes] for lanes in _lanes(pair.shape[1])] for pair in pairs]

@@ -41,7 +41,12 @@ def test_wide_layers_choose_by_platform() -> None:
     shape = (4096, 1, 1, 4096)
     assert ops.choose_form(product(*shape, dtype="float32", platform="cpu")) == Form("fft")
     assert ops.choose_form(product(*shape, platform="tpu")) == Form("fused", 32)
-    assert ops.choose_form(product(*shape, platform="cuda")).strategy in ("dft", "dense")
+    assert ops.choose_form(product(*shape, platform="cuda")) == Form("dft", 16)
+
+
+def test_narrow_layers_are_multiplied_densely_on_accelerators() -> None:
+    for platform in ("cuda", "rocm"):
+        assert ops.choose_form(product(4096, 1, 1, 768, platform=platform)) == Form("dense")
 
 
 @pytest.mark.parametrize("platform", ops.PLATFORMS)

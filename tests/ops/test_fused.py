@@ -54,6 +54,13 @@ def test_kernels_are_the_dense_products(shape) -> None:
     outer = (g * left).T @ (x * right)
     expected = ops.block_circulant_projection(outer.astype(np.float32), block) * block
     assert_close(gradient, np.asarray(expected, np.float64), 3e-6)
+    for side, product in (("x", backward), ("g", forward)):
+        sought = (side, "left", "right")
+        found = _fused.gradients(a["kernel"], xs, gs, *scales, sought, **how)
+        assert_close(jnp.concatenate(found[side], axis=1), product, 3e-6)
+        assert_close(found["kernel"][0], np.asarray(expected, np.float64), 3e-6)
+        assert_close(found["left"][0], np.sum(g * ((x * right) @ matrix.T), axis=0), 3e-6)
+        assert_close(found["right"][0], np.sum(x * ((g * left) @ matrix), axis=0), 3e-6)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 256, 32), (1, 2, 768, 16)], ids=str)

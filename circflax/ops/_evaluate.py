@@ -1,0 +1,226 @@
+"""How each gradient of the multilinear form is computed, once shapes and platform are known."""
+
+import itertools
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from circflax.ops import _dense, _dft, _fft, _fused
+from circflax.ops._choice import Form, Product, choose_form
+from circflax.ops._matrix import transpose
+
+# Arguments in the order of the formula, right to left, with their ranks.
+RANKS = {"left": 1, "kernel": 3, "right": 1, "x": 2, "g": 2}
+
+
+def evaluate(
+    platform: str,
+    partitioned: bool,
+    *operands: jax.Array,
+    names: tuple[str, ...],
+    wrt: str,
+    shapes: tuple[tuple[int, ...], ...],
+    dtype: Any,
+    strategy: str | None,
+) -> list[jax.Array]:
+    """The gradient with respect to one argument.
+
+    Args:
+        platform: that the program is for.
+        partitioned: whether XLA divides the program among devices.
+        operands: the other arguments, in parts; all of them may be batched.
+        names: of the arguments, part by part.
+        wrt: name of the argument.
+        shapes: of its parts.
+        dtype: of the gradient.
+        strategy: how to compute it, or None for what `choose_form` chooses.
+
+    Returns:
+        The gradient, part by part.
+    """
+    if operands[0].ndim > RANKS[names[0]]:
+        params = dict(names=names, wrt=wrt, shapes=shapes, dtype=dtype, strategy=strategy)
+        # Kernels run one at a time: batches of them are left to XLA, as divided ones are.
+        return jax.vmap(partial(evaluate, platform, True, **params))(*operands)
+    parts = _by_name(names, operands)
+    kernel_shape = shapes[0] if wrt == "kernel" else parts["kernel"][0].shape
+    product = _product(parts, kernel_shape, platform, partitioned)
+    form = choose_form(product, strategy)
+    if form.strategy == "fused":
+        gradients = _fused_gradients(product, wrt, parts, shapes)
+    else:
+        arguments = {name: _joined(own) for name, own in parts.items()}
+        if form.strategy == "dense":
+            gradient = _dense_gradient(product, wrt, arguments)
+        else:
+            gradient = _spectral_gradient(product, form, wrt, arguments)
+        ends = list(itertools.accumulate(shape[-1] for shape in shapes))
+        gradients = jnp.split(gradient, ends[:-1], axis=-1)
+    return [gradient.astype(dtype) for gradient in gradients]
+
+
+def evaluate_together(
+    platform: str,
+    partitioned: bool,
+    *operands: jax.Array,
+    names: tuple[str, ...],
+    wrt: str,
+    sought: tuple[str, ...],
+    strategy: str | None,
+) -> list[jax.Array] | None:
+    """The gradients of a product with respect to several of its arguments, in one kernel.
+
+    Args:
+        platform: as in `evaluate`.
+        partitioned: as in `evaluate`.
+        operands: the product's arguments, in parts, and cotangents of its results.
+        names: of the arguments, part by part.
+        wrt: what the product is the gradient with respect to: "g" or "x".
+        sought: names of the arguments.
+        strategy: as in `evaluate`.
+
+    Returns:
+        The gradients, part by part, or None where there is no kernel for all.
+    """
+    if wrt not in ("x", "g"):
+        return None
+    side = "x" if wrt == "g" else "g"
+    parts = _by_name(names, operands) | {wrt: list(operands[len(names) :])}
+    product = _product(parts, parts["kernel"][0].shape, platform, partitioned)
+    joint = {"kernel", side} <= set(sought)
+    if not joint or choose_form(product, strategy).strategy != "fused":
+        return None
+    left, kernel, right = (parts.get(name, [None])[0] for name in ("left", "kernel", "right"))
+    found = _fused.gradients(
+        kernel,
+        parts["x"],
+        parts["g"],
+        left,
+        right,
+        (side, *sought),
+        interpret=platform != "tpu",
+    )
+    return [
+        gradient.astype(part.dtype)
+        for name in sought
+        for gradient, part in zip(found[name], parts[name], strict=True)
+    ]
+
+
+def _by_name(names: Sequence[str], operands: Sequence[jax.Array]) -> dict[str, list[jax.Array]]:
+    """The parts of each argument; what comes after the last name is left out."""
+    parts: dict[str, list[jax.Array]] = {}
+    for name, operand in zip(names, operands, strict=False):
+        parts.setdefault(name, []).append(operand)
+    return parts
+
+
+def _product(
+    parts: dict[str, list[jax.Array]],
+    kernel_shape: tuple[int, ...],
+    platform: str,
+    partitioned: bool,
+) -> Product:
+    tokens, *_ = parts.get("x") or parts["g"]
+    return Product(tokens.shape[0], *kernel_shape, jnp.dtype(tokens.dtype), platform, partitioned)
+
+
+def _joined(parts: Sequence[jax.Array]) -> jax.Array:
+    """The parts side by side. Padded and added, XLA fuses them into what reads them."""
+    if len(parts) == 1:
+        return parts[0]
+    ends = list(itertools.accumulate(part.shape[1] for part in parts))
+    padded = [
+        jnp.pad(part, [(0, 0), (end - part.shape[1], ends[-1] - end)])
+        for part, end in zip(parts, ends, strict=True)
+    ]
+    return sum(padded[1:], padded[0])
+
+
+def _dense_gradient(product: Product, wrt: str, arguments: dict[str, jax.Array]) -> jax.Array:
+    x, g = arguments.pop("x", None), arguments.pop("g", None)
+    dtype = product.compute_dtype
+    if wrt == "g":
+        return x.astype(dtype) @ _dense.matrix(**arguments).astype(dtype)
+    if wrt == "x":
+        return g.astype(dtype) @ _dense.matrix(**arguments).astype(dtype).T
+    # Tokens are summed first: what follows is of the matrix's size, not the tokens'.
+    wide = jnp.promote_types(dtype, jnp.float32)
+    sums = jnp.matmul(x.astype(dtype).T, g.astype(dtype), preferred_element_type=wide)
+    sizes = {"left": g.shape[-1:], "right": x.shape[-1:], "kernel": product.kernel_shape}
+    arguments = {name: array.astype(wide) for name, array in arguments.items()}
+    (gradient,) = jax.linear_transpose(
+        lambda argument: _dense.matrix(**arguments, **{wrt: argument}),
+        jax.ShapeDtypeStruct(sizes[wrt], wide),
+    )(sums)
+    return gradient
+
+
+def _spectral_gradient(
+    product: Product, form: Form, wrt: str, arguments: dict[str, jax.Array]
+) -> jax.Array:
+    kernel, dtype = arguments.get("kernel"), product.compute_dtype
+    multiply, correlate = _fft.product, _fft.correlation
+    if form.strategy == "dft":
+        how = {"length": form.length, "network": product.platform in ("cpu", "tpu")}
+        multiply, correlate = partial(_dft.product, **how), partial(_dft.correlation, **how)
+    if product.platform == "cpu" and {"right", "x", "g"} <= arguments.keys():
+        # XLA drops optimization barriers on CPU, and would keep what the product computed from x.
+        arguments = {**arguments, "right": arguments["right"] * _one(arguments["g"])}
+    # Scales and sums run in float32: rounded once, at the end.
+    wide = jnp.promote_types(dtype, jnp.float32)
+    x, g = (arguments.get(name) for name in ("x", "g"))
+    x, g = (None if array is None else array.astype(wide) for array in (x, g))
+
+    def scaled(side: str, array: jax.Array) -> jax.Array:
+        return arguments[side] * array if side in arguments else array
+
+    def forward() -> jax.Array:
+        return multiply(kernel, scaled("right", x), dtype).astype(wide)
+
+    def backward() -> jax.Array:
+        return multiply(transpose(kernel), scaled("left", g), dtype).astype(wide)
+
+    match wrt:
+        case "g":
+            return scaled("left", forward())
+        case "x":
+            return scaled("right", backward())
+        case "kernel":
+            return correlate(scaled("right", x), scaled("left", g), product.block, dtype)
+        case "left":
+            return jnp.sum(g * forward(), axis=0)
+        case "right":
+            return jnp.sum(x * backward(), axis=0)
+
+
+def _one(g: jax.Array) -> jax.Array:
+    """1 that is known only when the program runs, after g; not a number if g isn't one."""
+    first = g[:1, :1].sum()
+    return jnp.where(first == first, jnp.ones_like(first), first)
+
+
+def _fused_gradients(
+    product: Product,
+    wrt: str,
+    parts: dict[str, list[jax.Array]],
+    shapes: tuple[tuple[int, ...], ...],
+) -> list[jax.Array]:
+    # A kernel reads and writes parts where they lie, where joining them would copy them.
+    xs, gs = parts.get("x"), parts.get("g")
+    left, kernel, right = (parts.get(name, [None])[0] for name in ("left", "kernel", "right"))
+    widths, how = [shape[-1] for shape in shapes], {"interpret": product.platform != "tpu"}
+    match wrt:
+        case "g":
+            return _fused.product(kernel, xs, widths, left, right, **how)
+        case "x":
+            return _fused.product(kernel, gs, widths, right, left, transposed=True, **how)
+        case "kernel":
+            return [_fused.correlation(xs, gs, product.block, left, right, **how)]
+        case "left":
+            return [_fused.inner_product(kernel, xs, gs, right, **how)]
+        case "right":
+            return [_fused.inner_product(kernel, gs, xs, left, transposed=True, **how)]
