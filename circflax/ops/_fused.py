@@ -62,7 +62,7 @@ def product(
     return _call(
         "product",
         body,
-        [_rows(left, sum(widths)), _rows(right, _width(xs)), _turns(block), _chunks(kernel)],
+        [_rows(left, sum(widths)), _rows(right, _width(xs)), _turns(block), _blocks(kernel)],
         [xs],
         [jax.ShapeDtypeStruct((tokens, width), dtype) for width in widths],
         [],
@@ -105,7 +105,7 @@ def inner_product(
     (sums,) = _call(
         "inner_product",
         body,
-        [_rows(right, _width(xs)), _turns(block), _chunks(kernel)],
+        [_rows(right, _width(xs)), _turns(block), _blocks(kernel)],
         [xs, gs],
         [],
         [_rows_like(gs)],
@@ -151,7 +151,7 @@ def correlation(
         [_rows(left, _width(gs)), _rows(right, _width(xs)), _turns(block)],
         [xs, gs],
         [],
-        [jax.eval_shape(_chunks, jax.ShapeDtypeStruct(shape, jnp.float32))],
+        [jax.eval_shape(_blocks, jax.ShapeDtypeStruct(shape, jnp.float32))],
         _scratch(shape, jnp.float32, transposed=False),
         interpret,
     )
@@ -208,7 +208,7 @@ def gradients(
                 _finish(columns, of, scale, **results)
         _sum_at_last(given[0], products, rolled, kernel_sums)
 
-    whole = [_rows(left, _width(gs)), _rows(right, _width(xs)), _turns(block), _chunks(kernel)]
+    whole = [_rows(left, _width(gs)), _rows(right, _width(xs)), _turns(block), _blocks(kernel)]
     results = [part for name in vectors for part in sides[name][0]]
     weights, rolled = _scratch(kernel.shape, dtype, transposed=False)
     products = pltpu.VMEM(weights.shape, jnp.float32)
@@ -322,11 +322,9 @@ def _rows_like(parts: Sequence[jax.Array]) -> jax.ShapeDtypeStruct:
     return jax.eval_shape(lambda: _rows(None, _width(parts)))
 
 
-def _chunks(kernel: jax.Array) -> jax.Array:
-    """The kernel as it lies in memory, `LANES` numbers a row: `(blocks, length, LANES)`."""
-    out_blocks, in_blocks, block = kernel.shape
-    chunks = kernel.reshape(out_blocks * in_blocks, block // LANES, LANES)
-    return chunks.astype(jnp.float32)
+def _blocks(kernel: jax.Array) -> jax.Array:
+    """The kernel as it lies in memory, a block a row: `(blocks, 1, block)`."""
+    return kernel.reshape(-1, 1, kernel.shape[2]).astype(jnp.float32)
 
 
 def _turns(block: int) -> np.ndarray:
@@ -354,13 +352,14 @@ def _scratch(kernel_shape: tuple[int, int, int], dtype: Any, transposed: bool) -
     return [pltpu.VMEM(weights, dtype), pltpu.VMEM((4 * pairs, 2 * LANES), jnp.float32)]
 
 
-def _expand_at_first(turns, chunks, weights, diagonals, transposed: bool) -> None:
+def _expand_at_first(turns, kernel, weights, diagonals, transposed: bool) -> None:
     """Makes Toeplitz matrices of the kernel: row n is their diagonals rolled by n."""
 
     def block(i: jax.Array, tiles: Callable[[jax.Array], tuple]) -> None:
+        chunks = jnp.concatenate([kernel[i, :, lanes] for lanes in _lanes(kernel.shape[2])])
         for half in range(2):
             diagonals[:, half * LANES : (half + 1) * LANES] = jnp.dot(
-                turns[half], chunks[i], precision="highest"
+                turns[half], chunks, precision="highest"
             )
 
         @pl.loop(0, diagonals.shape[0])
@@ -389,7 +388,7 @@ def _sum_at_last(turns, products, diagonals, sums) -> None:
             rows = pltpu.roll(rows, LANES + 1, 1, stride=1, stride_axis=0)
             diagonals[pl.ds(n, 1), :] = jnp.sum(rows, axis=0, keepdims=True)
 
-        sums[i] = sum(
+        chunks = sum(
             jax.lax.dot_general(
                 turns[half],
                 diagonals[:, half * LANES : (half + 1) * LANES],
@@ -398,6 +397,8 @@ def _sum_at_last(turns, products, diagonals, sums) -> None:
             )
             for half in range(2)
         )
+        for k, lanes in enumerate(_lanes(sums.shape[2])):
+            sums[i, :, lanes] = chunks[k : k + 1]
 
     last = pl.program_id(0) == pl.num_programs(0) - 1
     pl.when(last)(lambda: _for_blocks(products.shape, block, transposed=False))
