@@ -83,9 +83,9 @@ def evaluate_together(
         strategy: as in `evaluate`.
 
     Returns:
-        The gradients, part by part, or None where there is no kernel for all.
+        The gradients, part by part, or None where there is no kernel for all, as for batches.
     """
-    if wrt not in ("x", "g"):
+    if wrt not in ("x", "g") or operands[0].ndim > RANKS[names[0]]:
         return None
     side = "x" if wrt == "g" else "g"
     parts = _by_name(names, operands) | {wrt: list(operands[len(names) :])}

@@ -294,7 +294,8 @@ def _gradients(
     """The gradients of a product with respect to several of its arguments, one by one.
 
     Args:
-        operands: arguments of the product, in parts, and the cotangents of its results.
+        operands: arguments of the product, in parts, and the cotangents of its results; all of
+            them may be batched.
         names: of the arguments, part by part.
         wrt: what the product is the gradient with respect to.
         sought: names of arguments whose gradients are sought.
@@ -310,7 +311,7 @@ def _gradients(
     gradients = []
     for name in sought:
         others = {other: parts for other, parts in arguments.items() if other != name}
-        shapes = tuple(part.shape for part in arguments[name])
+        shapes = tuple(part.shape[part.ndim - RANKS[name] :] for part in arguments[name])
         gradients += _bind(others, name, shapes, arguments[name][0].dtype, strategy)
     return gradients
 

@@ -133,6 +133,21 @@ def test_vmap_over_every_argument(operator: Operator) -> None:
 
 
 @over_kinds
+def test_gradients_through_vmap(operator: Operator) -> None:
+    stacks = [np.stack([p, 2 * p]) for p in (*operator.params(), operator.x((3,)))]
+
+    def loss(*arguments) -> jax.Array:
+        return jnp.sum(operator.product(*arguments) ** 2)
+
+    argnums = tuple(range(len(stacks)))
+    over_all = jax.grad(lambda *stacks: jnp.sum(jax.vmap(loss)(*stacks)), argnums)(*stacks)
+    for i in range(2):
+        alone = jax.grad(loss, argnums)(*(s[i] for s in stacks))
+        for ours, expected in zip(over_all, alone, strict=True):
+            np.testing.assert_allclose(ours[i], expected, rtol=1e-10, atol=1e-10)
+
+
+@over_kinds
 def test_backward_pass_keeps_only_the_arguments(operator: Operator) -> None:
     arguments = (*operator.params(), operator.x((50,)))
     _, vjp = jax.vjp(jax.jit(operator.product), *arguments)
