@@ -25,11 +25,9 @@ _BANDWIDTH = {"h100": 3.35e12}
 _PRODUCTS = {"h100": {"bf16": 989e12, "f32": 494e12}}
 # Seconds from one kernel of a CUDA graph to the next.
 _START = 2e-6
-# What is not a kernel, or is counted in the computation that it runs.
-_FREE = {
-    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"),
-    *("while", "call", "conditional"),
-}
+# What runs computations whose instructions are kernels of their own, and what is no kernel at all.
+_CONTROL = {"while", "call", "conditional"}
+_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"}
 _PARTIAL_READS = {"slice", "dynamic-slice", "gather"}
 
 
@@ -104,10 +102,11 @@ def read_kernels(text: str) -> list[Kernel]:
     computations, entry = hlo.parse(text)
     times, _ = hlo.count_runs(computations, entry)
     kernels = []
-    for name in _running(computations, entry):
+    # What several instructions run counts once here, and in `times` as often as it runs.
+    for name in dict.fromkeys(_running(computations, entry)):
         types = {each.name: each.type for each in computations[name]}
         for each in computations[name]:
-            if each.opcode not in _FREE:
+            if each.opcode not in _FREE | _CONTROL:
                 flops, dtype = _matrix_product(each, types)
                 size = _bytes(each, types, computations)
                 kernels.append(Kernel(size, flops, dtype, times[name]))
@@ -118,7 +117,7 @@ def _running(computations: hlo.Computations, name: str) -> Iterator[str]:
     """The computations whose instructions are kernels of their own."""
     yield name
     for each in computations[name]:
-        if each.opcode in ("while", "call", "conditional"):
+        if each.opcode in _CONTROL:
             for called in each.called:
                 yield from _running(computations, called)
 

@@ -45,7 +45,7 @@ def evaluate(
         params = dict(names=names, wrt=wrt, shapes=shapes, dtype=dtype, strategy=strategy)
         # Kernels run one at a time: batches of them are left to XLA, as divided ones are.
         return jax.vmap(partial(evaluate, platform, True, **params))(*operands)
-    parts = _by_name(names, operands)
+    parts = by_name(names, operands)
     kernel_shape = shapes[0] if wrt == "kernel" else parts["kernel"][0].shape
     product = _product(parts, kernel_shape, platform, partitioned)
     form = choose_form(product, strategy)
@@ -88,7 +88,7 @@ def evaluate_together(
     if wrt not in ("x", "g") or operands[0].ndim > RANKS[names[0]]:
         return None
     side = "x" if wrt == "g" else "g"
-    parts = _by_name(names, operands) | {wrt: list(operands[len(names) :])}
+    parts = by_name(names, operands) | {wrt: list(operands[len(names) :])}
     product = _product(parts, parts["kernel"][0].shape, platform, partitioned)
     joint = {"kernel", side} <= set(sought)
     if not joint or choose_form(product, strategy).strategy != "fused":
@@ -100,7 +100,7 @@ def evaluate_together(
         parts["g"],
         left,
         right,
-        (side, *sought),
+        sought,
         interpret=platform != "tpu",
     )
     return [
@@ -110,7 +110,7 @@ def evaluate_together(
     ]
 
 
-def _by_name(names: Sequence[str], operands: Sequence[jax.Array]) -> dict[str, list[jax.Array]]:
+def by_name(names: Sequence[str], operands: Sequence[jax.Array]) -> dict[str, list[jax.Array]]:
     """The parts of each argument; what comes after the last name is left out."""
     parts: dict[str, list[jax.Array]] = {}
     for name, operand in zip(names, operands, strict=False):

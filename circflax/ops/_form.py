@@ -25,7 +25,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from circflax.ops._checks import Convention
-from circflax.ops._evaluate import RANKS, evaluate, evaluate_together
+from circflax.ops._evaluate import RANKS, by_name, evaluate, evaluate_together
 
 # Which axis of the kernel runs along the blocks of these.
 _KERNEL_AXES = {"g": 0, "x": 1}
@@ -166,9 +166,7 @@ def _transpose(
 ) -> list[Any]:
     unknown = [ad.is_undefined_primal(operand) for operand in operands]
     sought = names[unknown.index(True)]
-    arguments: dict[str, list[Any]] = {}
-    for name, operand in zip(names, operands, strict=True):
-        arguments.setdefault(name, []).append(operand)
+    arguments = by_name(names, operands)
     # Not each part of what is sought need be unknown.
     avals = [
         part.aval if ad.is_undefined_primal(part) else jax.typeof(part)
@@ -259,10 +257,11 @@ def _transpose_differential(
     owners = [name for name in names if name in moved]
     sought = tuple(dict.fromkeys(itertools.compress(owners, unknown)))
     cotangents = [ad.instantiate_zeros(cotangent) for cotangent in cotangents]
-    found = _gradients_p.bind(
-        *primals, *cotangents, names=names, wrt=wrt, sought=sought, strategy=strategy
+    found = iter(
+        _gradients_p.bind(
+            *primals, *cotangents, names=names, wrt=wrt, sought=sought, strategy=strategy
+        )
     )
-    found = iter(found)
     # Not each part of what is sought need be unknown.
     gradients = [next(found) if name in sought else None for name in owners]
     gradients = [
@@ -304,10 +303,7 @@ def _gradients(
     Returns:
         The gradients, part by part.
     """
-    arguments: dict[str, list[Any]] = {}
-    for name, operand in zip(names, operands, strict=False):
-        arguments.setdefault(name, []).append(operand)
-    arguments[wrt] = list(operands[len(names) :])
+    arguments = by_name(names, operands) | {wrt: list(operands[len(names) :])}
     gradients = []
     for name in sought:
         others = {other: parts for other, parts in arguments.items() if other != name}

@@ -184,8 +184,9 @@ def gradients(
         The gradients by name, in parts: those of vectors in their dtype, others in float32.
     """
     block, dtype = kernel.shape[2], xs[0].dtype
-    sides = {"x": (xs, "right", right), "g": (gs, "left", left)}
-    vectors = [name for name in sides if name in sought]
+    # The vectors on the side of each argument.
+    sides = {"x": xs, "g": gs, "left": gs, "right": xs}
+    vectors = [name for name in ("x", "g") if name in sought]
     diagonals = [name for name in ("left", "right") if name in sought]
 
     def body(whole, xs, gs, ys, sums, scratch):
@@ -196,7 +197,7 @@ def gradients(
         spectra = _spectra(xs, right, block), _spectra(gs, left, block)
         _correlate(*spectra, products, dtype)
         remaining = iter(ys)
-        found = {name: [next(remaining) for _ in sides[name][0]] for name in vectors}
+        found = {name: [next(remaining) for _ in sides[name]] for name in vectors}
         summed = dict(zip(diagonals, diagonal_sums, strict=True))
         for name, of, scale, diagonal, spectrum, transposed in (
             ("x", xs, right, "right", spectra[1], True),
@@ -204,12 +205,11 @@ def gradients(
         ):
             if name in found or diagonal in summed:
                 columns = _columns_of_product(spectrum, weights, block, dtype, transposed)
-                results = {"results": found.get(name), "sums": summed.get(diagonal)}
-                _finish(columns, of, scale, **results)
+                _finish(columns, of, scale, results=found.get(name), sums=summed.get(diagonal))
         _sum_at_last(given[0], products, rolled, kernel_sums)
 
     whole = [_rows(left, _width(gs)), _rows(right, _width(xs)), _turns(block), _blocks(kernel)]
-    results = [part for name in vectors for part in sides[name][0]]
+    results = [part for name in vectors for part in sides[name]]
     weights, rolled = _scratch(kernel.shape, dtype, transposed=False)
     products = pltpu.VMEM(weights.shape, jnp.float32)
     found = iter(
@@ -221,13 +221,13 @@ def gradients(
             [jax.ShapeDtypeStruct(part.shape, dtype) for part in results],
             [
                 jax.ShapeDtypeStruct(whole[-1].shape, jnp.float32),
-                *(_rows_like({"left": gs, "right": xs}[name]) for name in diagonals),
+                *(_rows_like(sides[name]) for name in diagonals),
             ],
             [weights, products, rolled],
             interpret,
         )
     )
-    gradients = {name: [next(found) for _ in sides[name][0]] for name in vectors}
+    gradients = {name: [next(found) for _ in sides[name]] for name in vectors}
     gradients["kernel"] = [next(found).reshape(kernel.shape)]
     return gradients | {name: [next(found).reshape(-1)] for name in diagonals}
 
@@ -444,13 +444,13 @@ def _columns_of_product(
     spectra: Sequence[jax.Array], weights, block: int, dtype: jnp.dtype, transposed: bool = False
 ) -> Iterator[jax.Array]:
     """The product of a tile with the weights or their transposes, `LANES` features at a time."""
-    summed, kept = (2, 1) if transposed else (1, 2)
-    out_blocks, count = weights.shape[kept] // (2 * LANES), block // LANES
+    summed = 1 if transposed else 0
+    out_blocks, count = weights.shape[2 - summed] // (2 * LANES), block // LANES
     pairs = [
         jax.lax.dot_general(
             spectrum.astype(dtype),
             weights[s],
-            (((1,), (summed - 1,)), ((), ())),
+            (((1,), (summed,)), ((), ())),
             preferred_element_type=jnp.float32,
         )
         for s, spectrum in enumerate(spectra)
