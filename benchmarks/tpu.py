@@ -5,6 +5,7 @@ kernels, which it does not estimate, the length of their schedule times the step
 what moving their operands takes, whichever is more.
 """
 
+import math
 import os
 import re
 import subprocess
@@ -63,7 +64,9 @@ def estimate(chip: str, function: Callable[..., Any], arguments: Sequence[Any]) 
 _EXPAND, _SUM = 88, 353
 _BUNDLES_OF_LOOPS = {
     "product": _EXPAND,
+    "transposed_product": _EXPAND,
     "inner_product": _EXPAND,
+    "transposed_inner_product": _EXPAND,
     "correlation": _SUM,
     "gradients": _EXPAND + _SUM,
     "all_gradients": _EXPAND + _SUM,
@@ -84,38 +87,40 @@ def _kernel_cycles(program: Program, chip: str) -> float:
         shapes = [array.shape for array in kernel.operands]
         length = next(shape[2] for shape in shapes if shape == (2, 2 * shape[-1], shape[-1]))
         block = length * _fused.LANES
-        if name == "product":
-            out_features, in_features = (sum(width for _, width in of) for of in (written, read))
+        if name in ("product", "transposed_product"):
+            out_features, in_features = (sum(shape[-1] for shape in of) for of in (written, read))
         else:
             # x comes before g; where x is in parts, the first is taken for all of it.
-            in_features, out_features = read[0][1], sum(width for _, width in read[1:])
-        tokens = read[0][0]
+            in_features, out_features = read[0][-1], sum(shape[-1] for shape in read[1:])
+        *leading, _ = read[0]
+        scaled = any(array.dtype == "f32" and len(array.shape) == 2 for array in kernel.operands)
         matrices = 2 * length * (out_features // block) * (in_features // block)
-        schedule = _schedule(chip, name, tokens, out_features, in_features, block)
-        steps = tokens // _fused.tile_size(tokens, *(width for _, width in (*written, *read)))
+        sizes = (out_features, in_features, block, *leading)
+        tile = _fused.tile_shape(leading, *(shape[-1] for shape in (*written, *read)))
+        steps = math.prod(leading) // math.prod(tile)
         figures = topology.CHIPS[chip]
         cycles += kernel.times * max(
-            steps * schedule + matrices * _BUNDLES_OF_LOOPS[name],
+            steps * _schedule(chip, name, kernel.fused, scaled, *sizes)
+            + matrices * _BUNDLES_OF_LOOPS[name],
             kernel.bytes / figures.bandwidth * figures.clock,
         )
     return cycles
 
 
 @lru_cache
-def _schedule(
-    chip: str, kernel: str, tokens: int, out_features: int, in_features: int, block: int
-) -> int:
+def _schedule(chip: str, kernel: str, fused: bool, scaled: bool, *sizes: int) -> int:
     """Bundles of the schedule of one kernel for one tile, compiled in a process of its own.
 
-    Schedules come in text files alone, which the compiler writes for everything or for nothing.
+    What XLA fuses into a kernel is taken for the end of a layer norm, which makes x. Schedules come
+    in text files alone, which the compiler writes for everything or for nothing.
     """
     with tempfile.TemporaryDirectory() as directory:
         flags = f"--xla_jf_dump_to={directory} --xla_jf_dump_llo_text=true"
-        sizes = map(str, (tokens, out_features, in_features, block))
+        numbers = [str(int(number)) for number in (fused, scaled, *sizes)]
         # This process has the TPU compiler loaded, which else allows one process alone.
         own = {"LIBTPU_INIT_ARGS": flags, "ALLOW_MULTIPLE_LIBTPU_LOAD": "true"}
         subprocess.run(
-            [sys.executable, "-m", "benchmarks.tpu", chip, kernel, *sizes],
+            [sys.executable, "-m", "benchmarks.tpu", chip, kernel, *numbers],
             env={**os.environ, **own},
             check=True,
             capture_output=True,
@@ -126,7 +131,14 @@ def _schedule(
 
 
 def _compile_kernel(
-    chip: str, kernel: str, tokens: int, out_features: int, in_features: int, block: int
+    chip: str,
+    kernel: str,
+    fused: bool,
+    scaled: bool,
+    out_features: int,
+    in_features: int,
+    block: int,
+    *leading: int,
 ) -> None:
     import jax
     import jax.numpy as jnp
@@ -134,21 +146,32 @@ def _compile_kernel(
     from circflax.ops import _fused
 
     c = jax.ShapeDtypeStruct((out_features // block, in_features // block, block), jnp.float32)
+    x, g = (jax.ShapeDtypeStruct((*leading, n), jnp.bfloat16) for n in (in_features, out_features))
     left, right = (jax.ShapeDtypeStruct((n,), jnp.float32) for n in (out_features, in_features))
-    x, g = (jax.ShapeDtypeStruct((tokens, n), jnp.bfloat16) for n in (in_features, out_features))
-    how = {"interpret": False}
-    functions = {
-        "product": lambda c, x, g, *sides: _fused.product(c, [x], [out_features], *sides, **how),
-        "inner_product": lambda c, x, g, left, *side: _fused.inner_product(
-            c, [x], [g], *side, **how
-        ),
-        "correlation": lambda c, x, g, *sides: _fused.correlation([x], [g], block, *sides, **how),
-        "gradients": lambda c, x, g, *_: _fused.gradients(c, [x], [g], None, None, "x", **how),
-        "all_gradients": lambda c, x, g, *sides: _fused.gradients(
-            c, [x], [g], *sides, ("x", "left", "right"), **how
-        ),
-    }
-    compile_for(chip, functions[kernel], (c, x, g, left, right))
+    mean, deviation = (jax.ShapeDtypeStruct(leading, jnp.float32) for _ in range(2))
+    transposed = {"transposed": kernel.startswith("transposed_"), "interpret": False}
+
+    def run(c, x, g, left, right, mean, deviation):
+        if fused:
+            normal = (x.astype(jnp.float32) - mean[..., None]) / deviation[..., None]
+            x = (normal * right + right).astype(x.dtype)
+        sides = (left, right) if scaled else (None, None)
+        if transposed["transposed"]:
+            c = c.swapaxes(0, 1)
+        match kernel.removeprefix("transposed_"):
+            case "product":
+                return _fused.product(c, [x], [out_features], *sides, **transposed)
+            case "inner_product":
+                return _fused.inner_product(c, [x], [g], sides[1], **transposed)
+            case "correlation":
+                return _fused.correlation([x], [g], block, *sides, interpret=False)
+            case "gradients":
+                return _fused.gradients(c, [x], [g], *sides, "x", interpret=False)
+            case "all_gradients":
+                sought = "x", "left", "right"
+                return _fused.gradients(c, [x], [g], *sides, sought, interpret=False)
+
+    compile_for(chip, run, (c, x, g, left, right, mean, deviation))
 
 
 def grid(quick: bool) -> list[Record]:

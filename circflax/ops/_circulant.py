@@ -183,8 +183,6 @@ def _check_sizes(kernel: jax.Array, x: jax.Array, out_features: int) -> None:
 
 
 @partial(jax.jit, static_argnums=(2, 3, 4))
-# Without a barrier before the backward pass XLA keeps what both passes compute from x.
-@partial(jax.checkpoint, static_argnums=(2, 3, 4))
 def _products(
     kernels: list[jax.Array],
     x: jax.Array,

@@ -65,20 +65,25 @@ def circulant_diagonal_product(
 
 
 @partial(jax.jit, static_argnums=3)
-@partial(jax.checkpoint, static_argnums=3)
 def _product(
     diagonals: list[jax.Array],
     kernels: list[jax.Array],
     x: jax.Array,
     strategy: Strategy | None,
 ) -> jax.Array:
+    def chain(diagonals: list[jax.Array], kernels: list[jax.Array], x: jax.Array) -> jax.Array:
+        right = diagonals[0]
+        for kernel, left in zip(kernels, diagonals[1:], strict=True):
+            x = fitted_product(kernel, x, left, right, strategy)
+            right = None
+        return x
+
     if not kernels:
         return (x * diagonals[0]).astype(x.dtype)
-    right = diagonals[0]
-    for kernel, left in zip(kernels, diagonals[1:], strict=True):
-        x = fitted_product(kernel, x, left, right, strategy)
-        right = None
-    return x
+    if len(kernels) > 1:
+        # The products between are computed again in the backward pass, not kept.
+        chain = jax.checkpoint(chain)
+    return chain(diagonals, kernels, x)
 
 
 @jax.jit

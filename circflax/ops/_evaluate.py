@@ -1,6 +1,7 @@
 """How each gradient of the multilinear form is computed, once shapes and platform are known."""
 
 import itertools
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -12,8 +13,14 @@ from circflax.ops import _dense, _dft, _fft, _fused
 from circflax.ops._choice import Form, Product, choose_form
 from circflax.ops._matrix import transpose
 
-# Arguments in the order of the formula, right to left, with their ranks.
-RANKS = {"left": 1, "kernel": 3, "right": 1, "x": 2, "g": 2}
+# Arguments of the form; those that are no vectors have these ranks.
+NAMES = "left", "kernel", "right", "x", "g"
+_RANKS = {"left": 1, "kernel": 3, "right": 1}
+
+
+def rank_of(name: str, rank: int) -> int:
+    """The rank of an argument that is not batched, where vectors have this rank."""
+    return _RANKS.get(name, rank)
 
 
 def evaluate(
@@ -24,6 +31,7 @@ def evaluate(
     wrt: str,
     shapes: tuple[tuple[int, ...], ...],
     dtype: Any,
+    rank: int,
     strategy: str | None,
 ) -> list[jax.Array]:
     """The gradient with respect to one argument.
@@ -36,30 +44,36 @@ def evaluate(
         wrt: name of the argument.
         shapes: of its parts.
         dtype: of the gradient.
+        rank: of vectors, their leading axes counted.
         strategy: how to compute it, or None for what `choose_form` chooses.
 
     Returns:
         The gradient, part by part.
     """
-    if operands[0].ndim > RANKS[names[0]]:
-        params = dict(names=names, wrt=wrt, shapes=shapes, dtype=dtype, strategy=strategy)
+    if operands[0].ndim > rank_of(names[0], rank):
+        params = dict(
+            names=names, wrt=wrt, shapes=shapes, dtype=dtype, rank=rank, strategy=strategy
+        )
         # Kernels run one at a time: batches of them are left to XLA, as divided ones are.
         return jax.vmap(partial(evaluate, platform, True, **params))(*operands)
     parts = by_name(names, operands)
     kernel_shape = shapes[0] if wrt == "kernel" else parts["kernel"][0].shape
+    parts = _in_whole_blocks(parts, kernel_shape[2])
     product = _product(parts, kernel_shape, platform, partitioned)
     form = choose_form(product, strategy)
+    widths = [_whole(shape[-1], product.block) for shape in shapes]
     if form.strategy == "fused":
-        gradients = _fused_gradients(product, wrt, parts, shapes)
+        gradients = _fused_gradients(product, wrt, parts, widths)
     else:
-        arguments = {name: _joined(own) for name, own in parts.items()}
+        arguments = {name: own[0] for name, own in parts.items()}
+        arguments |= {name: _joined(parts[name]) for name in ("x", "g") if name in parts}
         if form.strategy == "dense":
             gradient = _dense_gradient(product, wrt, arguments)
         else:
             gradient = _spectral_gradient(product, form, wrt, arguments)
-        ends = list(itertools.accumulate(shape[-1] for shape in shapes))
+        ends = list(itertools.accumulate(widths))
         gradients = jnp.split(gradient, ends[:-1], axis=-1)
-    return [gradient.astype(dtype) for gradient in gradients]
+    return [_cut(*each, dtype) for each in zip(gradients, shapes, strict=True)]
 
 
 def evaluate_together(
@@ -69,6 +83,7 @@ def evaluate_together(
     names: tuple[str, ...],
     wrt: str,
     sought: tuple[str, ...],
+    rank: int,
     strategy: str | None,
 ) -> list[jax.Array] | None:
     """The gradients of a product with respect to several of its arguments, in one kernel.
@@ -80,16 +95,19 @@ def evaluate_together(
         names: of the arguments, part by part.
         wrt: what the product is the gradient with respect to: "g" or "x".
         sought: names of the arguments.
+        rank: as in `evaluate`.
         strategy: as in `evaluate`.
 
     Returns:
         The gradients, part by part, or None where there is no kernel for all, as for batches.
     """
-    if wrt not in ("x", "g") or operands[0].ndim > RANKS[names[0]]:
+    if wrt not in ("x", "g") or operands[0].ndim > rank_of(names[0], rank):
         return None
     side = "x" if wrt == "g" else "g"
-    parts = by_name(names, operands) | {wrt: list(operands[len(names) :])}
-    product = _product(parts, parts["kernel"][0].shape, platform, partitioned)
+    given = by_name(names, operands) | {wrt: list(operands[len(names) :])}
+    kernel_shape = given["kernel"][0].shape
+    parts = _in_whole_blocks(given, kernel_shape[2])
+    product = _product(parts, kernel_shape, platform, partitioned)
     joint = {"kernel", side} <= set(sought)
     if not joint or choose_form(product, strategy).strategy != "fused":
         return None
@@ -104,9 +122,9 @@ def evaluate_together(
         interpret=platform != "tpu",
     )
     return [
-        gradient.astype(part.dtype)
+        _cut(gradient, part.shape, part.dtype)
         for name in sought
-        for gradient, part in zip(found[name], parts[name], strict=True)
+        for gradient, part in zip(found[name], given[name], strict=True)
     ]
 
 
@@ -124,12 +142,33 @@ def _product(
     platform: str,
     partitioned: bool,
 ) -> Product:
-    tokens, *_ = parts.get("x") or parts["g"]
-    return Product(tokens.shape[0], *kernel_shape, jnp.dtype(tokens.dtype), platform, partitioned)
+    vectors, *_ = parts.get("x") or parts["g"]
+    tokens = math.prod(vectors.shape[:-1])
+    return Product(tokens, *kernel_shape, jnp.dtype(vectors.dtype), platform, partitioned)
+
+
+def _whole(size: int, block: int) -> int:
+    return -(-size // block) * block
+
+
+def _in_whole_blocks(parts: dict[str, list[jax.Array]], block: int) -> dict[str, list[jax.Array]]:
+    """Vectors and diagonals with the rest of their last blocks, as zeros."""
+
+    def padded(part: jax.Array) -> jax.Array:
+        missing = _whole(part.shape[-1], block) - part.shape[-1]
+        return jnp.pad(part, [(0, 0)] * (part.ndim - 1) + [(0, missing)]) if missing else part
+
+    return {name: list(map(padded, own)) for name, own in parts.items()}
+
+
+def _cut(gradient: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """Without the rest of the last block, and with the leading axes of this shape."""
+    return gradient[..., : shape[-1]].reshape(shape).astype(dtype)
 
 
 def _joined(parts: Sequence[jax.Array]) -> jax.Array:
-    """The parts side by side. Padded and added, XLA fuses them into what reads them."""
+    """Parts of vectors side by side. Padded and added, XLA fuses them into what reads them."""
+    parts = [part.reshape(-1, part.shape[-1]) for part in parts]
     if len(parts) == 1:
         return parts[0]
     ends = list(itertools.accumulate(part.shape[1] for part in parts))
@@ -207,12 +246,12 @@ def _fused_gradients(
     product: Product,
     wrt: str,
     parts: dict[str, list[jax.Array]],
-    shapes: tuple[tuple[int, ...], ...],
+    widths: list[int],
 ) -> list[jax.Array]:
     # A kernel reads and writes parts where they lie, where joining them would copy them.
     xs, gs = parts.get("x"), parts.get("g")
     left, kernel, right = (parts.get(name, [None])[0] for name in ("left", "kernel", "right"))
-    widths, how = [shape[-1] for shape in shapes], {"interpret": product.platform != "tpu"}
+    how = {"interpret": product.platform != "tpu"}
     match wrt:
         case "g":
             return _fused.product(kernel, xs, widths, left, right, **how)

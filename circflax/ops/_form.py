@@ -7,14 +7,14 @@ Every product here, and each of its derivatives, is a gradient of one scalar,
 with respect to one of its five arguments, each of which it is linear in: the gradient with respect
 to `g` is the product, to `x` the transposed product, to `kernel`, `left` and `right` what training
 needs. The derivative of one is another, so that one rule serves both modes to any order, and
-nothing but the arguments is kept for the backward pass. Vectors may be in parts, side by side: so
-matrices that read the same vectors share what is computed of them. A differential is one operation,
-so that its transpose, the gradients of a backward pass, is one too. How a gradient is computed is
-chosen where it is lowered, when shapes, dtype and platform are known.
+nothing but the arguments is kept for the backward pass: matrices are cut to the sizes of vectors
+and diagonals, and vectors keep their leading axes, until a gradient is computed. Vectors may be in
+parts, side by side: so matrices that read the same vectors share what is computed of them. A
+differential is one operation, so that its transpose, the gradients of a backward pass, is one too.
+How a gradient is computed is chosen where it is lowered, when shapes, dtype and platform are known.
 """
 
 import itertools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -25,10 +25,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from circflax.ops._checks import Convention
-from circflax.ops._evaluate import RANKS, by_name, evaluate, evaluate_together
-
-# Which axis of the kernel runs along the blocks of these.
-_KERNEL_AXES = {"g": 0, "x": 1}
+from circflax.ops._evaluate import NAMES, by_name, evaluate, evaluate_together, rank_of
 
 
 def fitted_product(
@@ -42,20 +39,19 @@ def fitted_product(
 
     Args:
         kernel: first columns, `(out_blocks, in_blocks, block)`.
-        x: `(..., in_features)`, with `in_features` at most `in_blocks * block`.
-        left: `(out_features,)`, with `out_features` at most `out_blocks * block`.
+        x: `(..., in_features)`, the last block cut.
+        left: `(out_features,)`, the last block cut.
         right: `(in_features,)`, or None for ones.
         strategy: how to compute it and its derivatives, or None for what `choose_form` chooses.
 
     Returns:
         `(..., out_features)`, in the dtype of `x`.
     """
-    out_blocks, in_blocks, block = kernel.shape
-    factors = {"left": _padded(left, out_blocks * block), "kernel": kernel}
+    factors = {"left": left, "kernel": kernel}
     if right is not None:
-        factors["right"] = _padded(right, in_blocks * block)
-    (y,) = _apply(factors, x, "x", (out_blocks * block,), strategy)
-    return y[..., : left.size]
+        factors["right"] = right
+    (y,) = _apply(factors, x, "x", (left.size,), strategy)
+    return y
 
 
 def stacked_products(
@@ -69,8 +65,8 @@ def stacked_products(
 
     Args:
         kernels: each `(out_blocks, in_blocks, block)`, alike but for `out_blocks`.
-        x: `(..., in_features)`, with `in_features` at most `in_blocks * block`.
-        out_features: of each matrix, at most `out_blocks * block`.
+        x: `(..., in_features)`, the last block cut.
+        out_features: of each matrix, the last block cut.
         convention: whether kernels hold first columns or first rows.
         strategy: as in `fitted_product`.
 
@@ -78,36 +74,24 @@ def stacked_products(
         For each matrix `(..., out_features)`, in the dtype of `x`.
     """
     kernel = jnp.concatenate(kernels)
-    rows = tuple(each.shape[0] * each.shape[2] for each in kernels)
     if convention == "column":
-        ys = _apply({"kernel": kernel}, x, "x", rows, strategy)
-    else:
-        # Blocks given by their rows are those given by their columns, transposed.
-        ys = _apply({"kernel": kernel.swapaxes(0, 1)}, x, "g", rows, strategy)
-    return [y[..., :size] for y, size in zip(ys, out_features, strict=True)]
+        return _apply({"kernel": kernel}, x, "x", out_features, strategy)
+    # Blocks given by their rows are those given by their columns, transposed.
+    return _apply({"kernel": kernel.swapaxes(0, 1)}, x, "g", out_features, strategy)
 
 
 def _apply(
     factors: dict[str, jax.Array],
     vectors: jax.Array,
     side: str,
-    sizes: tuple[int, ...],
+    sizes: Sequence[int],
     strategy: str | None,
 ) -> list[jax.Array]:
     """What the factors make of vectors that stand on one side of them, in parts of these sizes."""
-    kernel = factors["kernel"]
-    flat = vectors.reshape(math.prod(vectors.shape[:-1]), vectors.shape[-1])
-    flat = _padded(flat, kernel.shape[_KERNEL_AXES[side]] * kernel.shape[2])
-    arguments = {name: [array] for name, array in factors.items()} | {side: [flat]}
-    shapes = tuple((flat.shape[0], size) for size in sizes)
-    ys = _bind(arguments, "g" if side == "x" else "x", shapes, vectors.dtype, strategy)
-    return [y.reshape(*vectors.shape[:-1], y.shape[-1]) for y in ys]
-
-
-def _padded(array: jax.Array, size: int) -> jax.Array:
-    if array.shape[-1] == size:
-        return array
-    return jnp.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, size - array.shape[-1])])
+    arguments = {name: [array] for name, array in factors.items()} | {side: [vectors]}
+    shapes = tuple((*vectors.shape[:-1], size) for size in sizes)
+    wrt = "g" if side == "x" else "x"
+    return _bind(arguments, wrt, shapes, vectors.dtype, rank=vectors.ndim, strategy=strategy)
 
 
 _form_p = Primitive("circulant_form")
@@ -119,20 +103,20 @@ def _bind(
     wrt: str,
     shapes: tuple[tuple[int, ...], ...],
     dtype: Any,
-    strategy: str | None,
+    **params: Any,
 ) -> list[jax.Array]:
     """The gradient with respect to one argument, part by part, given the parts of the others."""
     names, parts = zip(
-        *((name, part) for name in RANKS for part in arguments.get(name, ())), strict=True
+        *((name, part) for name in NAMES for part in arguments.get(name, ())), strict=True
     )
-    return _form_p.bind(*parts, names=names, wrt=wrt, shapes=shapes, dtype=dtype, strategy=strategy)
+    return _form_p.bind(*parts, names=names, wrt=wrt, shapes=shapes, dtype=dtype, **params)
 
 
 @_form_p.def_abstract_eval
 def _abstract(
-    *operands: Any, names: tuple[str, ...], wrt: str, shapes: tuple, dtype: Any, **_: Any
+    *operands: Any, names: tuple[str, ...], shapes: tuple, dtype: Any, rank: int, **_: Any
 ) -> list[Any]:
-    batch = operands[0].shape[: -RANKS[names[0]]]
+    batch = operands[0].shape[: operands[0].ndim - rank_of(names[0], rank)]
     return [jax.core.ShapedArray((*batch, *shape), dtype) for shape in shapes]
 
 
@@ -161,7 +145,8 @@ def _transpose(
     *operands: Any,
     names: tuple[str, ...],
     wrt: str,
-    strategy: Any,
+    rank: int,
+    strategy: str | None,
     **_: Any,
 ) -> list[Any]:
     unknown = [ad.is_undefined_primal(operand) for operand in operands]
@@ -176,8 +161,9 @@ def _transpose(
         gradients = [ad.Zero(aval) for aval in avals]
     else:
         arguments[wrt] = [ad.instantiate_zeros(cotangent) for cotangent in cotangents]
-        shapes = tuple(aval.shape[aval.ndim - RANKS[sought] :] for aval in avals)
-        gradients = _bind(arguments, sought, shapes, avals[0].dtype, strategy)
+        shapes = tuple(aval.shape[aval.ndim - rank_of(sought, rank) :] for aval in avals)
+        dtype = avals[0].dtype
+        gradients = _bind(arguments, sought, shapes, dtype, rank=rank, strategy=strategy)
     found = iter(gradients)
     gradients = [next(found) if name == sought else None for name in names]
     return [
@@ -187,26 +173,19 @@ def _transpose(
 
 
 def _batch(operands: tuple, axes: tuple, **params: Any) -> tuple:
-    names, wrt, shapes = params["names"], params["wrt"], params["shapes"]
+    names, wrt, shapes, rank = (params[key] for key in ("names", "wrt", "shapes", "rank"))
     size = next(x.shape[axis] for x, axis in zip(operands, axes, strict=True) if axis is not None)
     batched = {name for name, axis in zip(names, axes, strict=True) if axis is not None}
     # Where vectors alone are batched, they are more tokens.
     tokens = wrt in ("x", "g") and batched in ({"x"}, {"g"})
-    tokens = tokens and operands[0].ndim == RANKS[names[0]]
+    tokens = tokens and operands[0].ndim == rank_of(names[0], rank)
     moved = [
         x if tokens and name not in batched else _leading(x, axis, size)
         for name, x, axis in zip(names, operands, axes, strict=True)
     ]
-    if not tokens:
-        return _form_p.bind(*moved, **params), [0] * len(shapes)
-    moved = [
-        x.reshape(-1, x.shape[-1]) if name in batched else x
-        for name, x in zip(names, moved, strict=True)
-    ]
-    params["shapes"] = tuple((size * count, width) for count, width in shapes)
-    ys = _form_p.bind(*moved, **params)
-    ys = [y.reshape(size, *shape) for y, shape in zip(ys, shapes, strict=True)]
-    return ys, [0] * len(shapes)
+    if tokens:
+        params |= {"rank": rank + 1, "shapes": tuple((size, *shape) for shape in shapes)}
+    return _form_p.bind(*moved, **params), [0] * len(shapes)
 
 
 def _leading(x: jax.Array, axis: int | None, size: int) -> jax.Array:
@@ -245,6 +224,7 @@ def _transpose_differential(
     names: tuple[str, ...],
     moved: tuple[str, ...],
     wrt: str,
+    rank: int,
     strategy: str | None,
     **_: Any,
 ) -> list[Any]:
@@ -259,7 +239,7 @@ def _transpose_differential(
     cotangents = [ad.instantiate_zeros(cotangent) for cotangent in cotangents]
     found = iter(
         _gradients_p.bind(
-            *primals, *cotangents, names=names, wrt=wrt, sought=sought, strategy=strategy
+            *primals, *cotangents, names=names, wrt=wrt, sought=sought, rank=rank, strategy=strategy
         )
     )
     # Not each part of what is sought need be unknown.
@@ -288,6 +268,7 @@ def _gradients(
     names: tuple[str, ...],
     wrt: str,
     sought: tuple[str, ...],
+    rank: int,
     strategy: str | None,
 ) -> list[jax.Array]:
     """The gradients of a product with respect to several of its arguments, one by one.
@@ -298,6 +279,7 @@ def _gradients(
         names: of the arguments, part by part.
         wrt: what the product is the gradient with respect to.
         sought: names of arguments whose gradients are sought.
+        rank: of vectors, their leading axes counted.
         strategy: as in `fitted_product`.
 
     Returns:
@@ -307,8 +289,9 @@ def _gradients(
     gradients = []
     for name in sought:
         others = {other: parts for other, parts in arguments.items() if other != name}
-        shapes = tuple(part.shape[part.ndim - RANKS[name] :] for part in arguments[name])
-        gradients += _bind(others, name, shapes, arguments[name][0].dtype, strategy)
+        shapes = tuple(part.shape[part.ndim - rank_of(name, rank) :] for part in arguments[name])
+        dtype = arguments[name][0].dtype
+        gradients += _bind(others, name, shapes, dtype, rank=rank, strategy=strategy)
     return gradients
 
 
@@ -362,7 +345,10 @@ def _lower_gradients(platform: str, context: Any, *operands: Any, **params: Any)
 
     def run(*operands: jax.Array, **params: Any) -> list[jax.Array]:
         together = evaluate_together(platform, partitioned, *operands, **params)
-        return _gradients(*operands, **params) if together is None else together
+        if together is not None:
+            return together
+        # Without a barrier before the backward pass XLA keeps what both passes compute from x.
+        return _gradients(*jax.lax.optimization_barrier(operands), **params)
 
     return mlir.lower_fun(run, multiple_results=True)(context, *operands, **params)
 

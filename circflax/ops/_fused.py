@@ -23,6 +23,8 @@ from circflax.ops._network import real_dft, rotations, transposed_real_dft
 # A tile of tokens has as many as this, and with both sides as many numbers as this, at most.
 _TOKENS = 256
 _NUMBERS = 2**21
+# A register holds as many tokens of bfloat16.
+_SUBLANES = 16
 _VMEM_BYTES = 64 * 2**20
 
 
@@ -40,7 +42,7 @@ def product(
 
     Args:
         kernel: first columns, `(out_blocks, in_blocks, block)`.
-        xs: x in parts of whole blocks, `(tokens, width)`, together `in_blocks * block` wide.
+        xs: x in parts of whole blocks, `(..., width)`, together `in_blocks * block` wide.
         widths: of the parts of the result, together `out_blocks * block`.
         left: `(out_blocks * block,)`, or None for ones.
         right: `(in_blocks * block,)`, or None for ones.
@@ -49,24 +51,25 @@ def product(
         interpret: whether to run the kernel without a TPU, slowly.
 
     Returns:
-        The result in parts, `(tokens, width)`, in the dtype of x.
+        The result in parts, `(..., width)`, in the dtype of x.
     """
-    block, (tokens, _), dtype = kernel.shape[2], xs[0].shape, xs[0].dtype
+    block, (*leading, _), dtype = kernel.shape[2], xs[0].shape, xs[0].dtype
 
     def body(whole, xs, ys, sums, scratch):
         left, right, *given = whole
-        _expand_at_first(*given, *scratch, transposed)
-        columns = _columns_of_product(_spectra(xs, right, block), scratch[0], block, dtype)
+        _expand_at_first(*given, *scratch)
+        spectra = _spectra(xs, right, block)
+        columns = _columns_of_product(spectra, scratch[0], block, dtype, transposed)
         _finish(columns, ys, left, results=ys)
 
     return _call(
-        "product",
+        "transposed_product" if transposed else "product",
         body,
-        [_rows(left, sum(widths)), _rows(right, _width(xs)), _turns(block), _blocks(kernel)],
+        [_rows(left), _rows(right), _turns(block), _blocks(kernel)],
         [xs],
-        [jax.ShapeDtypeStruct((tokens, width), dtype) for width in widths],
+        [jax.ShapeDtypeStruct((*leading, width), dtype) for width in widths],
         [],
-        _scratch(kernel.shape, dtype, transposed),
+        _scratch(kernel.shape, dtype),
         interpret,
     )
 
@@ -98,18 +101,19 @@ def inner_product(
     def body(whole, xs, gs, _, outs, scratch):
         (right, *given), (sums,) = whole, outs
         _zero_at_first(sums)
-        _expand_at_first(*given, *scratch, transposed)
-        columns = _columns_of_product(_spectra(xs, right, block), scratch[0], block, dtype)
+        _expand_at_first(*given, *scratch)
+        spectra = _spectra(xs, right, block)
+        columns = _columns_of_product(spectra, scratch[0], block, dtype, transposed)
         _finish(columns, gs, sums=sums)
 
     (sums,) = _call(
-        "inner_product",
+        "transposed_inner_product" if transposed else "inner_product",
         body,
-        [_rows(right, _width(xs)), _turns(block), _blocks(kernel)],
+        [_rows(right), _turns(block), _blocks(kernel)],
         [xs, gs],
         [],
         [_rows_like(gs)],
-        _scratch(kernel.shape, dtype, transposed),
+        _scratch(kernel.shape, dtype),
         interpret,
     )
     return sums.reshape(-1)
@@ -127,7 +131,7 @@ def correlation(
     """The gradient of `sum(g * product(kernel, x, left, right))` with respect to the kernel.
 
     Args:
-        xs: x in parts of whole blocks, `(tokens, width)`, together `in_blocks * block` wide.
+        xs: x in parts of whole blocks, `(..., width)`, together `in_blocks * block` wide.
         gs: g in parts like x, together `out_blocks * block` wide.
         block: size of the blocks.
         left: `(out_blocks * block,)`, or None for ones.
@@ -148,11 +152,11 @@ def correlation(
     (sums,) = _call(
         "correlation",
         body,
-        [_rows(left, _width(gs)), _rows(right, _width(xs)), _turns(block)],
+        [_rows(left), _rows(right), _turns(block)],
         [xs, gs],
         [],
         [jax.eval_shape(_blocks, jax.ShapeDtypeStruct(shape, jnp.float32))],
-        _scratch(shape, jnp.float32, transposed=False),
+        _scratch(shape, jnp.float32),
         interpret,
     )
     return sums.reshape(shape)
@@ -193,7 +197,7 @@ def gradients(
         (left, right, *given), (weights, products, rolled) = whole, scratch
         kernel_sums, *diagonal_sums = sums
         _zero_at_first(products, *diagonal_sums)
-        _expand_at_first(*given, weights, rolled, transposed=False)
+        _expand_at_first(*given, weights, rolled)
         spectra = _spectra(xs, right, block), _spectra(gs, left, block)
         _correlate(*spectra, products, dtype)
         remaining = iter(ys)
@@ -208,9 +212,9 @@ def gradients(
                 _finish(columns, of, scale, results=found.get(name), sums=summed.get(diagonal))
         _sum_at_last(given[0], products, rolled, kernel_sums)
 
-    whole = [_rows(left, _width(gs)), _rows(right, _width(xs)), _turns(block), _blocks(kernel)]
+    whole = [_rows(left), _rows(right), _turns(block), _blocks(kernel)]
     results = [part for name in vectors for part in sides[name]]
-    weights, rolled = _scratch(kernel.shape, dtype, transposed=False)
+    weights, rolled = _scratch(kernel.shape, dtype)
     products = pltpu.VMEM(weights.shape, jnp.float32)
     found = iter(
         _call(
@@ -248,15 +252,16 @@ def _finish(columns, vectors, scale=None, *, results=None, sums=None) -> None:
     places = _columns(vectors), _columns(results or vectors), columns
     for i, ((vector, lanes), (result, _), column) in enumerate(zip(*places, strict=True)):
         if sums is not None:
-            sums[i : i + 1] += jnp.sum(column * vector[:, lanes], axis=0, keepdims=True)
+            sums[i : i + 1] += jnp.sum(column * _column(vector, lanes), axis=0, keepdims=True)
         if results:
-            result[:, lanes] = (column * scale[i : i + 1]).astype(result.dtype)
+            column = _scaled(column, scale, i).astype(result.dtype)
+            result[..., lanes] = column.reshape(*result.shape[:-1], LANES)
 
 
 def _call(
     name: str,
     body: Callable[..., None],
-    whole: Sequence[jax.Array],
+    whole: Sequence[jax.Array | None],
     vectors: Sequence[Sequence[jax.Array]],
     results: Sequence[jax.ShapeDtypeStruct],
     sums: Sequence[jax.ShapeDtypeStruct],
@@ -265,43 +270,71 @@ def _call(
 ) -> list[jax.Array]:
     """Runs `body` on all of `whole` and a tile of the vectors at a time.
 
-    Results have the tiles of the vectors; sums are of all tiles.
+    Results have the tiles of the vectors; sums are of all tiles. What is None stays so.
     """
     groups = [whole, *vectors, results, sums, scratch]
 
     def run(*refs) -> None:
         remaining = iter(refs)
-        body(*(list(itertools.islice(remaining, len(group))) for group in groups))
+        body(*([None if each is None else next(remaining) for each in of] for of in groups))
 
+    whole = [array for array in whole if array is not None]
     tiled = list(itertools.chain(*vectors))
-    count = tiled[0].shape[0]
-    tile = tile_size(count, *(array.shape[1] for array in (*tiled, *results)))
+    *leading, _ = tiled[0].shape
+    count = math.prod(leading)
+    tile = tile_shape(leading, *(array.shape[-1] for array in (*tiled, *results)))
+    lines = leading[len(leading) + 1 - len(tile) :]
+
+    def seen(array: Any) -> tuple[int, ...]:
+        return count // math.prod(lines), *lines, array.shape[-1]
 
     def in_tiles(array: Any) -> pl.BlockSpec:
-        return pl.BlockSpec((tile, array.shape[1]), lambda i: (i, 0))
+        def place(i: jax.Array) -> tuple:
+            if tile[1:] == tuple(lines):
+                return i, *[0] * len(tile)
+            tiles = lines[0] // tile[1]
+            return jax.lax.div(i, tiles), jax.lax.rem(i, tiles), 0
+
+        return pl.BlockSpec((*tile, array.shape[-1]), place)
 
     def at_once(array: Any) -> pl.BlockSpec:
         return pl.BlockSpec(array.shape, lambda i: (0,) * array.ndim)
 
-    return pl.pallas_call(
+    outs = pl.pallas_call(
         run,
-        out_shape=[*results, *sums],
-        grid=(count // tile,),
+        out_shape=[*(jax.ShapeDtypeStruct(seen(each), each.dtype) for each in results), *sums],
+        grid=(count // math.prod(tile),),
         in_specs=[*map(at_once, whole), *map(in_tiles, tiled)],
         out_specs=[*map(in_tiles, results), *map(at_once, sums)],
         scratch_shapes=scratch,
-        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=_VMEM_BYTES),
+        compiler_params=pltpu.CompilerParams(
+            vmem_limit_bytes=_VMEM_BYTES,
+            # XLA may then compute vectors as they are read, a layer norm say, and not store them.
+            allow_input_fusion=[*[False] * len(whole), *[True] * len(tiled)],
+        ),
         interpret=interpret,
         name=f"circulant_{name}",
-    )(*whole, *tiled)
+    )(*whole, *(array.reshape(seen(array)) for array in tiled))
+    return [out.reshape(each.shape) for out, each in zip(outs, [*results, *sums], strict=True)]
 
 
-def tile_size(tokens: int, *widths: int) -> int:
-    """How many tokens a kernel reads at a time."""
-    tile = math.gcd(tokens, _TOKENS)
+def tile_shape(leading: Sequence[int], *widths: int) -> tuple[int, ...]:
+    """How many tokens a kernel reads at a time: `(tokens,)`, or `(rows, tokens)`.
+
+    Args:
+        leading: axes of the vectors but the last. XLA fuses no operation into the kernel if there
+            is a reshape between, so that the last two stay where tiles fit them.
+        widths: of the vectors.
+    """
+    tile = math.gcd(math.prod(leading), _TOKENS)
     while tile % 32 == 0 and tile * sum(widths) > _NUMBERS:
         tile //= 2
-    return tile
+    if len(leading) < 2:
+        return (tile,)
+    lines = math.gcd(leading[-1], tile)
+    if lines % _SUBLANES or lines < min(leading[-1], LANES):
+        return (tile,)
+    return (tile // lines, lines) if lines == leading[-1] else (1, lines)
 
 
 def _zero_at_first(*sums) -> None:
@@ -311,15 +344,22 @@ def _zero_at_first(*sums) -> None:
             each[:] = jnp.zeros_like(each)
 
 
-def _rows(scale: jax.Array | None, size: int) -> jax.Array:
-    """A diagonal as it lies in memory, `LANES` numbers a row; ones for None."""
-    if scale is None:
-        return jnp.ones((size // LANES, LANES), jnp.float32)
-    return scale.reshape(-1, LANES).astype(jnp.float32)
+def _rows(scale: jax.Array | None) -> jax.Array | None:
+    """A diagonal as it lies in memory, `LANES` numbers a row."""
+    return None if scale is None else scale.reshape(-1, LANES).astype(jnp.float32)
 
 
 def _rows_like(parts: Sequence[jax.Array]) -> jax.ShapeDtypeStruct:
-    return jax.eval_shape(lambda: _rows(None, _width(parts)))
+    return jax.ShapeDtypeStruct((_width(parts) // LANES, LANES), jnp.float32)
+
+
+def _column(part, lanes: slice) -> jax.Array:
+    """`LANES` features of a tile's tokens, `(tokens, LANES)`, in float32."""
+    return part[..., lanes].astype(jnp.float32).reshape(-1, LANES)
+
+
+def _scaled(column: jax.Array, scale, i: int) -> jax.Array:
+    return column if scale is None else column * scale[i : i + 1]
 
 
 def _blocks(kernel: jax.Array) -> jax.Array:
@@ -339,20 +379,18 @@ def _turns(block: int) -> np.ndarray:
     return np.stack([turns, np.roll(turns, -1, axis=1)]).astype(np.float32)
 
 
-def _scratch(kernel_shape: tuple[int, int, int], dtype: Any, transposed: bool) -> list[Any]:
+def _scratch(kernel_shape: tuple[int, int, int], dtype: Any) -> list[Any]:
     """Room for what the spectra multiply with, and for the diagonals of one block's matrices.
 
     The first holds for each pair a matrix from (part, block, lane) to the same.
     """
     out_blocks, in_blocks, block = kernel_shape
-    if transposed:
-        out_blocks, in_blocks = in_blocks, out_blocks
     pairs = block // (2 * LANES)
     weights = pairs, 2 * in_blocks * LANES, 2 * out_blocks * LANES
     return [pltpu.VMEM(weights, dtype), pltpu.VMEM((4 * pairs, 2 * LANES), jnp.float32)]
 
 
-def _expand_at_first(turns, kernel, weights, diagonals, transposed: bool) -> None:
+def _expand_at_first(turns, kernel, weights, diagonals) -> None:
     """Makes Toeplitz matrices of the kernel: row n is their diagonals rolled by n."""
 
     def block(i: jax.Array, tiles: Callable[[jax.Array], tuple]) -> None:
@@ -366,10 +404,9 @@ def _expand_at_first(turns, kernel, weights, diagonals, transposed: bool) -> Non
         def _(n):
             rows = jnp.broadcast_to(diagonals[pl.ds(n, 1), :], (LANES, 2 * LANES))
             rows = pltpu.roll(rows, 0, 1, stride=1, stride_axis=0)[:, :LANES]
-            weights[tiles(n)] = (rows.T if transposed else rows).astype(weights.dtype)
+            weights[tiles(n)] = rows.astype(weights.dtype)
 
-    first = pl.program_id(0) == 0
-    pl.when(first)(lambda: _for_blocks(weights.shape, block, transposed))
+    pl.when(pl.program_id(0) == 0)(lambda: _for_blocks(weights.shape, block))
 
 
 def _sum_at_last(turns, products, diagonals, sums) -> None:
@@ -401,29 +438,25 @@ def _sum_at_last(turns, products, diagonals, sums) -> None:
             sums[i, :, lanes] = chunks[k : k + 1]
 
     last = pl.program_id(0) == pl.num_programs(0) - 1
-    pl.when(last)(lambda: _for_blocks(products.shape, block, transposed=False))
+    pl.when(last)(lambda: _for_blocks(products.shape, block))
 
 
 def _for_blocks(
     shape: tuple[int, int, int],
     body: Callable[[jax.Array, Callable[[jax.Array], tuple]], None],
-    transposed: bool,
 ) -> None:
     """Runs `body` on each block of the kernel, with the places of its matrices in the weights."""
-    rows, columns = (size // (2 * LANES) for size in shape[1:])
-    in_blocks = columns if transposed else rows
+    in_blocks, out_blocks = (size // (2 * LANES) for size in shape[1:])
 
-    @pl.loop(0, rows * columns)
+    @pl.loop(0, in_blocks * out_blocks)
     def _(i):
         # Not // and %: with signs to look at they do not lower for a TPU that isn't there.
         out, into = jax.lax.div(i, in_blocks), jax.lax.rem(i, in_blocks)
 
         def tile(n: jax.Array) -> tuple:
             to, origin = jax.lax.rem(jax.lax.div(n, 2), 2), jax.lax.rem(n, 2)
-            row, column = origin * in_blocks + into, to * (rows * columns // in_blocks) + out
-            if transposed:
-                row, column = column, row
-            lanes = [pl.ds(pl.multiple_of(k * LANES, LANES), LANES) for k in (row, column)]
+            places = origin * in_blocks + into, to * out_blocks + out
+            lanes = [pl.ds(pl.multiple_of(k * LANES, LANES), LANES) for k in places]
             return jax.lax.div(n, 4), *lanes
 
         body(i, tile)
@@ -432,7 +465,7 @@ def _for_blocks(
 def _spectra(parts: Sequence[Any], scale, block: int) -> list[jax.Array]:
     """For each pair of frequencies `(tokens, 2 * blocks * LANES)`: real parts, then imaginary."""
     count = block // LANES
-    columns = [part[:, lanes] * scale[i : i + 1] for i, (part, lanes) in enumerate(_columns(parts))]
+    columns = [_scaled(_column(*place), scale, i) for i, place in enumerate(_columns(parts))]
     blocks = [real_dft(columns[i : i + count]) for i in range(0, len(columns), count)]
     return [
         jnp.concatenate([block[s][part] for part in range(2) for block in blocks], axis=1)
@@ -462,12 +495,12 @@ def _columns_of_product(
 
 
 def _width(parts: Sequence[jax.Array]) -> int:
-    return sum(part.shape[1] for part in parts)
+    return sum(part.shape[-1] for part in parts)
 
 
 def _columns(parts: Sequence[Any]) -> list[tuple[Any, slice]]:
     """Where to find the features of all parts, `LANES` at a time."""
-    return [(part, lanes) for part in parts for lanes in _lanes(part.shape[1])]
+    return [(part, lanes) for part in parts for lanes in _lanes(part.shape[-1])]
 
 
 def _lanes(size: int) -> list[slice]:

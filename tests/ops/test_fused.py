@@ -1,5 +1,6 @@
 """The kernel for TPU, interpreted, against dense matrices."""
 
+import math
 from functools import partial
 
 import jax
@@ -61,6 +62,33 @@ def test_kernels_are_the_dense_products(shape) -> None:
         assert_close(found["kernel"][0], np.asarray(expected, np.float64), 3e-6)
         assert_close(found["left"][0], np.sum(g * ((x * right) @ matrix.T), axis=0), 3e-6)
         assert_close(found["right"][0], np.sum(x * ((g * left) @ matrix), axis=0), 3e-6)
+
+
+@pytest.mark.parametrize(
+    ("leading", "tile"),
+    [
+        ((512,), (256,)),
+        ((8, 64), (4, 64)),
+        ((2, 3, 32), (2, 32)),
+        ((2, 384), (1, 128)),
+        # Lines that registers or tiles do not hold are put together.
+        ((8, 24), (64,)),
+    ],
+)
+def test_tiles_follow_the_axes_of_tokens(leading, tile) -> None:
+    assert _fused.tile_shape(leading, 256, 256) == tile
+    tokens = math.prod(leading)
+    a = arguments(1, 1, 256, tokens)
+    x, g = (a[name].reshape(*leading, 256) for name in ("x", "g"))
+    sides = a["left"], a["right"]
+    (flat,) = _fused.product(a["kernel"], [a["x"]], [256], *sides, interpret=True)
+    (y,) = _fused.product(a["kernel"], [x], [256], *sides, interpret=True)
+    np.testing.assert_allclose(y, flat.reshape(x.shape), rtol=1e-6)
+    sought = ("x", "left", "right")
+    flat = _fused.gradients(a["kernel"], [a["x"]], [a["g"]], *sides, sought, interpret=True)
+    found = _fused.gradients(a["kernel"], [x], [g], *sides, sought, interpret=True)
+    for name, (gradient,) in flat.items():
+        assert_close(found[name][0].reshape(gradient.shape), np.asarray(gradient), 1e-6)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 256, 32), (1, 2, 768, 16)], ids=str)

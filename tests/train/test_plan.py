@@ -154,7 +154,11 @@ class TestProgram:
             ' operand_layout_constraints={bf16[4,4]{1,0}}, metadata={op_name="f32[99]"}'
         )
         (found,) = read_program(program(line), devices=1).kernels
-        assert (found.bytes, found.times) == (64, 1)
+        assert (found.bytes, found.times, found.fused) == (64, 1, False)
+        within = computation("within", f"ROOT %k = {line}")
+        fusion = "f32[8] fusion(%x), kind=kCustom, calls=%within"
+        (found,) = read_program(program(fusion, before=within), devices=1).kernels
+        assert (found.bytes, found.times, found.fused) == (64, 1, True)
 
     @pytest.mark.parametrize(
         ("message", "wanted"),

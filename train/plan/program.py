@@ -49,12 +49,14 @@ class Kernel:
         results: What it writes.
         operands: What it reads.
         times: How often it runs in a step.
+        fused: Whether it computes operands itself, as the compiler fused what makes them into it.
     """
 
     name: str
     results: tuple[hlo.Array, ...]
     operands: tuple[hlo.Array, ...]
     times: int
+    fused: bool
 
     @property
     def bytes(self) -> int:
@@ -91,6 +93,8 @@ def read_program(text: str, devices: int) -> Program:
     """
     computations, entry = hlo.parse(text)
     times, unknown = hlo.count_runs(computations, entry)
+    fusions = (each for of in computations.values() for each in of if each.opcode == "fusion")
+    fused = {name for fusion in fusions for name in fusion.called}
     cycles, kernels, collectives = 0, [], []
     for name, instructions in computations.items():
         if not times[name]:
@@ -103,7 +107,8 @@ def read_program(text: str, devices: int) -> Program:
                 cycles += int(estimated[1]) * times[name]
             if 'custom_call_target="tpu_custom_call"' in each.rest:
                 operands = hlo.arrays(each.rest.partition("metadata=")[0])
-                kernels.append(Kernel(each.name, hlo.arrays(each.type), operands, times[name]))
+                results = hlo.arrays(each.type)
+                kernels.append(Kernel(each.name, results, operands, times[name], name in fused))
             # The compiler writes each part of an operation that it spreads over others as a whole.
             if begins_chain or "chain_id=" not in each.rest:
                 collectives += _collectives(each, name, times[name], devices)
