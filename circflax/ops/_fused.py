@@ -23,7 +23,7 @@ from circflax.ops._network import real_dft, rotations, transposed_real_dft
 # A tile of tokens has as many as this, and with both sides as many numbers as this, at most.
 _TOKENS = 256
 _NUMBERS = 2**21
-# A register holds as many tokens of bfloat16.
+# A register holds this many tokens of bfloat16.
 _SUBLANES = 16
 _VMEM_BYTES = 64 * 2**20
 
