@@ -64,9 +64,7 @@ def estimate(chip: str, function: Callable[..., Any], arguments: Sequence[Any]) 
 _EXPAND, _SUM = 88, 353
 _BUNDLES_OF_LOOPS = {
     "product": _EXPAND,
-    "transposed_product": _EXPAND,
     "inner_product": _EXPAND,
-    "transposed_inner_product": _EXPAND,
     "correlation": _SUM,
     "gradients": _EXPAND + _SUM,
     "all_gradients": _EXPAND + _SUM,
@@ -87,7 +85,8 @@ def _kernel_cycles(program: Program, chip: str) -> float:
         shapes = [array.shape for array in kernel.operands]
         length = next(shape[2] for shape in shapes if shape == (2, 2 * shape[-1], shape[-1]))
         block = length * _fused.LANES
-        if name in ("product", "transposed_product"):
+        kind = name.removeprefix("transposed_")
+        if kind == "product":
             out_features, in_features = (sum(shape[-1] for shape in of) for of in (written, read))
         else:
             # x comes before g; where x is in parts, the first is taken for all of it.
@@ -101,7 +100,7 @@ def _kernel_cycles(program: Program, chip: str) -> float:
         figures = topology.CHIPS[chip]
         cycles += kernel.times * max(
             steps * _schedule(chip, name, kernel.fused, scaled, *sizes)
-            + matrices * _BUNDLES_OF_LOOPS[name],
+            + matrices * _BUNDLES_OF_LOOPS[kind],
             kernel.bytes / figures.bandwidth * figures.clock,
         )
     return cycles
@@ -149,27 +148,27 @@ def _compile_kernel(
     x, g = (jax.ShapeDtypeStruct((*leading, n), jnp.bfloat16) for n in (in_features, out_features))
     left, right = (jax.ShapeDtypeStruct((n,), jnp.float32) for n in (out_features, in_features))
     mean, deviation = (jax.ShapeDtypeStruct(leading, jnp.float32) for _ in range(2))
-    transposed = {"transposed": kernel.startswith("transposed_"), "interpret": False}
+    transposed, how = kernel.startswith("transposed_"), {"interpret": False}
 
     def run(c, x, g, left, right, mean, deviation):
         if fused:
             normal = (x.astype(jnp.float32) - mean[..., None]) / deviation[..., None]
             x = (normal * right + right).astype(x.dtype)
         sides = (left, right) if scaled else (None, None)
-        if transposed["transposed"]:
+        if transposed:
             c = c.swapaxes(0, 1)
         match kernel.removeprefix("transposed_"):
             case "product":
-                return _fused.product(c, [x], [out_features], *sides, **transposed)
+                return _fused.product(c, [x], [out_features], *sides, transposed=transposed, **how)
             case "inner_product":
-                return _fused.inner_product(c, [x], [g], sides[1], **transposed)
+                return _fused.inner_product(c, [x], [g], sides[1], transposed=transposed, **how)
             case "correlation":
-                return _fused.correlation([x], [g], block, *sides, interpret=False)
+                return _fused.correlation([x], [g], block, *sides, **how)
             case "gradients":
-                return _fused.gradients(c, [x], [g], *sides, "x", interpret=False)
+                return _fused.gradients(c, [x], [g], *sides, "x", **how)
             case "all_gradients":
                 sought = "x", "left", "right"
-                return _fused.gradients(c, [x], [g], *sides, sought, interpret=False)
+                return _fused.gradients(c, [x], [g], *sides, sought, **how)
 
     compile_for(chip, run, (c, x, g, left, right, mean, deviation))
 

@@ -105,12 +105,11 @@ def evaluate_together(
         return None
     side = "x" if wrt == "g" else "g"
     given = by_name(names, operands) | {wrt: list(operands[len(names) :])}
-    kernel_shape = given["kernel"][0].shape
-    parts = _in_whole_blocks(given, kernel_shape[2])
-    product = _product(parts, kernel_shape, platform, partitioned)
+    product = _product(given, given["kernel"][0].shape, platform, partitioned)
     joint = {"kernel", side} <= set(sought)
     if not joint or choose_form(product, strategy).strategy != "fused":
         return None
+    parts = _in_whole_blocks(given, product.block)
     left, kernel, right = (parts.get(name, [None])[0] for name in ("left", "kernel", "right"))
     found = _fused.gradients(
         kernel,

@@ -15,6 +15,7 @@ How a gradient is computed is chosen where it is lowered, when shapes, dtype and
 """
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -47,6 +48,9 @@ def fitted_product(
     Returns:
         `(..., out_features)`, in the dtype of `x`.
     """
+    block = kernel.shape[2]
+    # Spare blocks multiply nothing.
+    kernel = kernel[: math.ceil(left.size / block), : math.ceil(x.shape[-1] / block)]
     factors = {"left": left, "kernel": kernel}
     if right is not None:
         factors["right"] = right

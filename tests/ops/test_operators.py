@@ -285,6 +285,23 @@ def test_gradients_of_any_shape(operator: Operator) -> None:
         test_gradients_are_the_dense_ones(operator, strategy)
 
 
+def test_matrices_may_have_blocks_to_spare() -> None:
+    rng = np.random.default_rng(0)
+    arguments = [rng.standard_normal(shape) for shape in ((3,), (6,), (3, 2, 4), (2, 5, 3))]
+
+    def product(right, left, kernel, x) -> jax.Array:
+        return ops.circulant_diagonal_product([right, left], [kernel], x)
+
+    def dense(right, left, kernel, x) -> jax.Array:
+        return x @ ops.circulant_diagonal_matrix([right, left], [kernel]).T
+
+    expected, expected_vjp = jax.vjp(dense, *arguments)
+    y, vjp = jax.vjp(product, *arguments)
+    np.testing.assert_allclose(y, expected, atol=1e-12)
+    for ours, theirs in zip(vjp(y), expected_vjp(y), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-12)
+
+
 @pytest.mark.parametrize("n", [1, 2, 97, 768, 1021, 11008])
 def test_long_circulants(n: int) -> None:
     rng = np.random.default_rng(n)
